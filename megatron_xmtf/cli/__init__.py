@@ -1,0 +1,71 @@
+"""The `xmtf` command: one verb a file, each parses, calls and prints; no logic lives here.
+
+A verb module has `NAME`, `HELP`, `EXAMPLE`, `add_arguments(parser)` and `run(arguments) -> int`, and imports
+nothing heavy at its top, so that every `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+from megatron_xmtf import __version__
+from megatron_xmtf.errors import ExitCode, XmtfError
+
+__all__ = ["build_parser", "main"]
+
+VERBS: dict[str, str] = {
+    # verb: module of this package
+}
+"""Verb -> module of this package, in the order of the data flow."""
+
+EXIT_CODES = """exit codes:
+  0 done   1 failed   2 the user's mistake   3 requeue   4 config mismatch   5 corrupt checkpoint
+  6 hang   7 non-finite   8 disk full"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="xmtf",
+        description="Prompted examples in, a finetuned multilingual model in the Hugging Face format out.",
+        epilog=f"first steps:\n  xmtf quickstart --output quickstart_output\n  xmtf VERB --help\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron_xmtf {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, module_name in VERBS.items():
+        module = importlib.import_module(f"megatron_xmtf.cli.{module_name}")
+        verb = verbs.add_parser(
+            name,
+            help=module.HELP,
+            description=module.HELP,
+            epilog=f"example:\n{module.EXAMPLE.rstrip()}\n\n{EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(verb)
+        verb.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the process's exit code; user mistakes print one message, no traceback."""
+    parsed = build_parser().parse_args(arguments)
+    try:
+        return int(parsed.run(parsed))
+    except XmtfError as error:
+        print(f"xmtf {parsed.verb}: {type(error).__name__}: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"xmtf {parsed.verb}: interrupted", file=sys.stderr)
+        return int(ExitCode.FAILED)
+    except BrokenPipeError:
+        # The reader (head, less) went away; Python would complain again at shutdown when flushing.
+        sys.stderr.close()
+        return int(ExitCode.FAILED)
+    except Exception:
+        traceback.print_exc()
+        return int(ExitCode.FAILED)

@@ -1,0 +1,38 @@
+"""The run configuration: a frozen schema, read from YAML with dotted overrides."""
+
+from megatron_xmtf.config.load import config_from_mapping, load_config, load_yaml, write_config
+from megatron_xmtf.config.schema import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    DatasetConfig,
+    EvaluationConfig,
+    KernelsConfig,
+    LoggingConfig,
+    LossConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RecomputeConfig,
+    RunConfig,
+    ScheduleConfig,
+)
+
+__all__ = [
+    "BatchConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "EvaluationConfig",
+    "KernelsConfig",
+    "LoggingConfig",
+    "LossConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RecomputeConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "config_from_mapping",
+    "load_config",
+    "load_yaml",
+    "write_config",
+]

@@ -1,0 +1,176 @@
+"""Read a run configuration: YAML (safe loader), then dotted overrides, then the schema.
+
+train.yaml               + optimizer.lr=1e-4      -> RunConfig(optimizer=OptimizerConfig(lr=1e-4, ...), ...)
+optimizer: {lr: 2e-5}
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megatron_xmtf.config.schema import RunConfig
+from megatron_xmtf.errors import ConfigError, nearest_names
+from megatron_xmtf.files import atomic_write, require_file
+
+__all__ = ["config_from_mapping", "load_config", "load_yaml", "write_config"]
+
+MAX_YAML_BYTES = 4 << 20
+"""Larger configuration files are refused: none is legitimate, and YAML aliases multiply."""
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loader that reads 2e-5 as a number (YAML 1.1 wants 2.0e-5) and refuses duplicate keys and aliases."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def load_yaml(path: Path | str) -> Any:
+    """Read a YAML file with a loader that can only make plain values.
+
+    Raises:  MissingError: no such file. ConfigError: not YAML, a tag, an alias, a duplicate key, over 4 MiB.
+    """
+    path = require_file(path)
+    size = path.stat().st_size
+    if size > MAX_YAML_BYTES:
+        raise ConfigError(f"{path} has {size} bytes; a configuration may have at most {MAX_YAML_BYTES}.")
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: byte {error.start} cannot be decoded.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise ConfigError(f"{where} cannot be read as YAML: {getattr(error, 'problem', error)}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply to be read.") from error
+
+
+def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a run configuration and apply `a.b=value` overrides (values are parsed as YAML).
+
+    Raises:  MissingError: no such file. ConfigError: unknown key (names the nearest), wrong type, rule broken.
+    """
+    values = load_yaml(path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}; a configuration is a mapping of keys.")
+    for override in overrides:
+        _apply_override(values, override)
+    return config_from_mapping(values, RunConfig, source=str(path))
+
+
+def config_from_mapping(values: Mapping[str, Any], schema: type[Model], *, source: str) -> Model:
+    """Validate `values` against `schema`.
+
+    Raises:  ConfigError: every fault of the input in one message, each with key, value and rule.
+    """
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        faults = [_word_fault(fault, schema) for fault in error.errors(include_url=False)]
+        raise ConfigError(f"{source}: " + "; ".join(faults) + ".") from error
+
+
+def write_config(config: BaseModel, path: Path | str) -> None:
+    """Write the resolved configuration, defaults included, as YAML."""
+    with atomic_write(path) as stream:
+        yaml.safe_dump(config.model_dump(mode="json"), stream, sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Set `a.b.0.c=value` in a nested mapping; list elements are addressed by number."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form key=value, as in optimizer.lr=1e-4.")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value cannot be read as YAML.") from error
+    target: Any = values
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(target, list):
+            target = target[_list_index(target, part, override)]
+        else:
+            if target.get(part) is None:
+                target[part] = {}
+            target = target[part]
+        if not isinstance(target, dict | list):
+            raise ConfigError(f"override {override!r}: {part!r} is a value, not a section.")
+    if isinstance(target, list):
+        target[_list_index(target, last, override)] = value
+    else:
+        target[last] = value
+
+
+def _list_index(values: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(values):
+        raise ConfigError(f"override {override!r}: {part!r} is not an index of a list of {len(values)}.")
+    return int(part)
+
+
+def _word_fault(fault: Any, schema: type[BaseModel]) -> str:
+    """Word one pydantic fault: key, value, rule; for an unknown key its nearest known spellings."""
+    location = [part for part in fault["loc"]]
+    key = ".".join(str(part) for part in location)
+    if fault["type"] == "extra_forbidden":
+        section = _section_at(schema, location[:-1])
+        known = section.model_fields if section is not None else schema.model_fields
+        return f"unknown key {key!r}, {nearest_names(str(location[-1]), known)}"
+    if fault["type"] == "missing":
+        return f"key {key!r} is required and missing"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}={fault['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _section_at(schema: type[BaseModel], location: list[Any]) -> type[BaseModel] | None:
+    """Find the nested model that `location` points into."""
+    section: type[BaseModel] | None = schema
+    for part in location:
+        if isinstance(part, int):
+            continue
+        if section is None or part not in section.model_fields:
+            return None
+        section = _model_in(section.model_fields[part].annotation)
+    return section
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, BaseModel) else None
+    for argument in typing.get_args(annotation):
+        found = _model_in(argument)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,265 @@
+"""What a training run is: every key, its unit, its default and where the default comes from.
+
+Keys have Megatron-Core's names where it has one. The models are frozen, and an unknown key is an error.
+"BLOOMZ" as a source means the published tr13 scripts of bigscience-workshop/bigscience.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "BatchConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "EvaluationConfig",
+    "KernelsConfig",
+    "LoggingConfig",
+    "LossConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RecomputeConfig",
+    "RunConfig",
+    "ScheduleConfig",
+]
+
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DatasetConfig(_Section):
+    """One indexed dataset of the mixture."""
+
+    prefix: str
+    """Path prefix of the indexed files: `<prefix>_inputs_document.idx` or `<prefix>_text_document.idx`."""
+    name: str | None = None
+    """Name in reports. Default: the last part of `prefix`."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Relative number of examples drawn from this dataset. None for all: each example once an epoch."""
+
+
+class DataConfig(_Section):
+    """Which examples are read, and how they are packed into rows."""
+
+    train: list[DatasetConfig] = Field(min_length=1)
+    """Datasets of the training mixture. Weights are given for all of them or for none."""
+    validation: list[DatasetConfig] = []
+    """Datasets whose loss is measured every `evaluation.interval` steps; never trained on."""
+    long_examples: Literal["drop", "truncate_inputs_left", "truncate_inputs_right", "error"] = "drop"
+    """What happens to an example longer than a row; always counted. drop: BLOOMZ."""
+    index_directory: str | None = None
+    """Where packing indexes are kept. Default: `OUT/packing`."""
+    build_index: bool = True
+    """Build a missing packing index before training. False: a missing index is an error (run `xmtf pack`)."""
+
+    @model_validator(mode="after")
+    def _weights_for_all_or_none(self) -> DataConfig:
+        given = [entry.weight is not None for entry in self.train]
+        if any(given) and not all(given):
+            missing = [entry.prefix for entry in self.train if entry.weight is None]
+            raise ValueError(
+                f"{sum(given)} of {len(given)} datasets have a weight; give a weight to all or to none "
+                f"(missing: {', '.join(missing[:3])})"
+            )
+        return self
+
+
+class ParallelConfig(_Section):
+    """How the model is split over ranks; the data-parallel size follows from the world size."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that share each layer."""
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Pipeline stages."""
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    """Model chunks per pipeline stage (interleaved schedule). None: one chunk, plain 1F1B."""
+    sequence_parallel: bool = False
+    """Split norms and residuals over the tensor-parallel ranks along the sequence; needs tp > 1."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass runs; needs the two settings above."""
+    distributed_timeout_minutes: PositiveInt = 10
+    """A collective that waits longer than this ends the run."""
+
+
+class BatchConfig(_Section):
+    """Sizes of batches, in packed rows."""
+
+    micro_batch_size: PositiveInt = 1
+    """Rows in one forward pass of one data-parallel rank. 1: BLOOMZ-176B."""
+    global_batch_size: PositiveInt = 2048
+    """Rows per optimizer step over all data-parallel ranks. 2048: BLOOMZ from 1b7 up."""
+    sequence_length: Annotated[int, Field(ge=8, strict=True)] = 2048
+    """Tokens of a row that the model reads; a row holds one more, the label of the last. 2048: BLOOMZ."""
+
+
+class OptimizerConfig(_Section):
+    """AdamW; norms and biases are not decayed."""
+
+    lr: Annotated[float, Field(gt=0)] = 2e-5
+    """Peak learning rate. 2e-5: BLOOMZ."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Decoupled weight decay of matrices. 1e-4: BLOOMZ."""
+    adam_beta1: Fraction = 0.9
+    """First-moment decay. 0.9: BLOOMZ."""
+    adam_beta2: Fraction = 0.95
+    """Second-moment decay. 0.95: BLOOMZ."""
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Denominator floor. 1e-8: BLOOMZ."""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 turns clipping off. 1.0: BLOOMZ."""
+
+
+class ScheduleConfig(_Section):
+    """How long to train and how the learning rate moves, in optimizer steps."""
+
+    train_steps: PositiveInt | None = None
+    """Optimizer steps. Give this or `train_rows`."""
+    train_rows: PositiveInt | None = None
+    """Rows in all, a multiple of `global_batch_size`. Give this or `train_steps`."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after warm-up. constant: BLOOMZ."""
+    lr_warmup_steps: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Steps over which the rate rises linearly from 0. 0: BLOOMZ."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Rate at the last step of linear and cosine decay."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> ScheduleConfig:
+        if (self.train_steps is None) == (self.train_rows is None):
+            raise ValueError("give exactly one of schedule.train_steps and schedule.train_rows")
+        return self
+
+
+class LossConfig(_Section):
+    """Cross-entropy over targets."""
+
+    normalization: Literal["target_token", "target_sequence", "target_sequence_per_micro_batch"] = "target_sequence"
+    """What each term is divided by, over the global batch:
+    target_token: every target token counts 1; the sum is divided by the number of target tokens.
+    target_sequence: every target counts 1, its tokens 1/len each; divided by the number of targets. T5X, mT0.
+    target_sequence_per_micro_batch: the same, divided within each micro-batch, then averaged. BLOOMZ as it ran.
+    """
+
+
+class RecomputeConfig(_Section):
+    """Which activations are computed again in the backward pass to save memory."""
+
+    granularity: Literal["none", "selective", "full"] = "none"
+    """none; selective: attention scores; full: whole layers."""
+    method: Literal["uniform", "block"] = "uniform"
+    """For full: uniform groups of layers, or the first `num_layers` of each stage."""
+    num_layers: PositiveInt = 1
+    """For full: layers per group (uniform) or per stage (block)."""
+
+
+class KernelsConfig(_Section):
+    """Which implementation of each operation runs; decided once at start and printed."""
+
+    attention: Literal["auto", "reference"] = "auto"
+    """Packed ALiBi attention."""
+
+
+class CheckpointConfig(_Section):
+    """When checkpoints are written and which one a run starts from."""
+
+    save_interval: PositiveInt | None = None
+    """Steps between checkpoints. None: only at the end."""
+    keep_last: Annotated[int, Field(ge=2, strict=True)] = 2
+    """Newest checkpoints kept, at least 2 (the newest may be the one that is damaged)."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints whose step is a multiple of this are kept as well."""
+    save_optimizer: bool = True
+    """Write optimizer and RNG state. False halves or more the size, and such a checkpoint cannot be resumed."""
+    resume: Literal["latest", "none"] | Annotated[int, Field(ge=0, strict=True)] = "latest"
+    """latest: go on from the newest checkpoint of `output` if there is one. A step: exactly that one, or an error.
+    none: start from `model`, and refuse an `output` that already holds checkpoints."""
+
+
+class EvaluationConfig(_Section):
+    """Validation loss while training, and the tasks that `xmtf evaluate CONFIG` runs."""
+
+    interval: PositiveInt | None = None
+    """Steps between measurements of the validation loss. None: never."""
+    rows: PositiveInt = 64
+    """Rows of each validation dataset, rounded up to whole micro-batches of all data-parallel ranks."""
+    tasks: list[str] = []
+    """Task files for `xmtf evaluate CONFIG`."""
+
+
+class LoggingConfig(_Section):
+    """What is printed while training."""
+
+    log_interval: PositiveInt = 1
+    """Steps between printed lines; `metrics.jsonl` has every step."""
+
+
+class RunConfig(_Section):
+    """One training run."""
+
+    model: str
+    """Hugging Face directory or checkpoint whose weights the run starts from."""
+    output: str
+    """Directory of the run: `metrics.jsonl`, `config.yaml`, `checkpoints/`, `status.json`."""
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    schedule: ScheduleConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Precision of weights in forward and backward; gradients accumulate in fp32. bf16: BLOOMZ-176B."""
+    recompute: RecomputeConfig = RecomputeConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    seed: Annotated[int, Field(ge=0, strict=True)] = 42
+    """Seed of row order and dropout. 42: BLOOMZ."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        parallel, batch, schedule = self.parallel, self.batch, self.schedule
+        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        if parallel.sequence_parallel and tp == 1:
+            raise ValueError("parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1; it is 1")
+        if parallel.sequence_parallel and batch.sequence_length % tp:
+            raise ValueError(
+                f"batch.sequence_length={batch.sequence_length} is not a multiple of "
+                f"parallel.tensor_model_parallel_size={tp}, which sequence_parallel needs"
+            )
+        if parallel.virtual_pipeline_model_parallel_size is not None and pp == 1:
+            raise ValueError("parallel.virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
+        if parallel.overlap_param_gather and not (parallel.overlap_grad_reduce and parallel.use_distributed_optimizer):
+            raise ValueError(
+                "parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true and "
+                "parallel.use_distributed_optimizer=true"
+            )
+        if schedule.train_rows is not None and schedule.train_rows % batch.global_batch_size:
+            raise ValueError(
+                f"schedule.train_rows={schedule.train_rows} is not a multiple of "
+                f"batch.global_batch_size={batch.global_batch_size}"
+            )
+        if schedule.lr_warmup_steps > self.train_steps:
+            raise ValueError(
+                f"schedule.lr_warmup_steps={schedule.lr_warmup_steps} is more than the run's {self.train_steps} steps"
+            )
+        return self
+
+    @property
+    def train_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.schedule.train_steps is not None:
+            return self.schedule.train_steps
+        assert self.schedule.train_rows is not None, "the schema requires train_steps or train_rows"
+        return self.schedule.train_rows // self.batch.global_batch_size

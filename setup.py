@@ -1,0 +1,42 @@
+"""Package metadata; tool settings live in pyproject.toml, version pins in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="megatron_xmtf",
+    version="0.1.0",
+    description="Multilingual multitask finetuning of large language models on a Megatron-Core 3D-parallel engine",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_xmtf", "megatron_xmtf.*"]),
+    package_data={"megatron_xmtf": ["py.typed", "config/recipes/*.yaml", "quickstart/*.yaml"]},
+    install_requires=[
+        "torch>=2.10",  # 2.10: first release whose weights_only loader has no known hole (CVE-2026-24747)
+        "megatron-core>=0.16.1,<0.17",
+        "transformers>=4.56",
+        "tokenizers>=0.20",
+        "sentencepiece>=0.2",
+        "numpy>=1.26",
+        "safetensors>=0.4.5",
+        "pydantic>=2.9",
+        "pyyaml>=6",
+        "jinja2>=3.1.6",  # 3.1.6: first release without the known sandbox escapes
+        "rich>=13",
+        "babel>=2.15",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["xmtf=megatron_xmtf.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "License :: OSI Approved :: Apache Software License",
+    ],
+)
