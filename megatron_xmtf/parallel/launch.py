@@ -1,0 +1,193 @@
+"""Start local ranks by forking after one import, watch them, and end together.
+
+Importing torch and Megatron-Core takes seconds; forked ranks share one import. A rank that fails ends the others
+within `GRACE_SECONDS`, and its error, not the noise of the ones that waited for it, is what the caller sees.
+
+The caller must not have run multi-threaded torch operations before (OpenMP's threads do not survive a fork).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from megatron_xmtf import errors
+from megatron_xmtf.errors import ConfigError, ExitCode, RankFailedError, XmtfError
+
+__all__ = ["joined_by_launcher", "run_ranks"]
+
+GRACE_SECONDS = 5.0
+"""How long the other ranks may take to end by themselves after one has failed."""
+
+
+def joined_by_launcher() -> bool:
+    """Whether torchrun, srun or another launcher started this process as one rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def run_ranks(function: Callable[..., Any], *, world_size: int, arguments: Sequence[Any] = ()) -> list[Any]:
+    """Run `function(*arguments)` in `world_size` local processes and return what each rank returned.
+
+    Every rank finds RANK, LOCAL_RANK and WORLD_SIZE in its environment and a rendezvous file of its own run.
+    Torch gets (cores / world_size) threads a rank.
+
+    Args:    function: called in every rank; its result is pickled back. world_size: ranks, at least 1.
+    Raises:  XmtfError: of the same class that a rank raised. RankFailedError: a rank died or raised another error;
+             names rank and cause, carries the rank's traceback.
+    """
+    if world_size < 1:
+        raise ConfigError(f"nproc={world_size}: at least one rank is needed.")
+    _import_engine()
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="xmtf-ranks-") as directory:
+        rendezvous = str(Path(directory) / "rendezvous")
+        ranks: list[tuple[BaseProcess, Connection]] = []
+        for rank in range(world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank_main,
+                args=(function, tuple(arguments), rank, world_size, rendezvous, sender),
+                name=f"rank{rank}",
+            )
+            process.start()
+            sender.close()
+            ranks.append((process, receiver))
+        try:
+            return _collect(ranks)
+        finally:
+            _end_all([process for process, _ in ranks])
+
+
+def _import_engine() -> None:
+    """Import what every rank needs once, before forking."""
+    import torch
+
+    import megatron_xmtf.parallel.topology
+
+    assert not torch.cuda.is_initialized(), "ranks cannot be forked after CUDA is in use in this process"
+    assert megatron_xmtf.parallel.topology is not None
+
+
+def _rank_main(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    rendezvous: str,
+    sender: Connection,
+) -> None:
+    """Run in the child: set the environment, call, send the result or the error."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C and ends the ranks
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), XMTF_RENDEZVOUS_FILE=rendezvous)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's own name often does not resolve
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    try:
+        outcome: tuple[str, Any] = ("result", function(*arguments))
+        payload = pickle.dumps(outcome)
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, XmtfError) else ExitCode.FAILED
+        payload = pickle.dumps(("error", (type(error).__name__, str(error), int(code), traceback.format_exc())))
+    sender.send_bytes(payload)
+    sender.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _destroy_process_group()
+    # Leave without the parent's exit handlers and without waiting for gloo's threads.
+    os._exit(0)
+
+
+def _destroy_process_group() -> None:
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        try:
+            torch.distributed.destroy_process_group()
+        except RuntimeError:
+            # The peers of a failed rank may be gone; the error that matters has been sent already.
+            return
+
+
+def _collect(ranks: list[tuple[BaseProcess, Connection]]) -> list[Any]:
+    """Wait for every rank's message; on the first failure wait a moment for a better cause, then raise it."""
+    results: dict[int, Any] = {}
+    failures: dict[int, tuple[str, str, int, str]] = {}
+    deadline: float | None = None
+    pending = {receiver: rank for rank, (_, receiver) in enumerate(ranks)}
+    while pending:
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ready = wait(list(pending), timeout)
+        if not ready:
+            break
+        for receiver in ready:
+            assert isinstance(receiver, Connection), "only connections are waited for"
+            rank = pending.pop(receiver)
+            kind, value = _receive(receiver, ranks[rank][0])
+            if kind == "result":
+                results[rank] = value
+            else:
+                failures[rank] = value
+                deadline = deadline or time.monotonic() + GRACE_SECONDS
+    if failures:
+        _raise_cause(failures)
+    return [results[rank] for rank in range(len(ranks))]
+
+
+def _receive(receiver: Connection, process: BaseProcess) -> tuple[str, Any]:
+    try:
+        outcome: tuple[str, Any] = pickle.loads(receiver.recv_bytes())
+        return outcome
+    except EOFError:
+        process.join(GRACE_SECONDS)
+        code = process.exitcode
+        cause = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        return "error", ("RankDied", f"ended without a word ({cause})", int(ExitCode.FAILED), "")
+
+
+def _raise_cause(failures: dict[int, tuple[str, str, int, str]]) -> None:
+    """Raise the failure that explains the others: a user error, then a death, then the first other error."""
+
+    def weight(rank: int) -> tuple[int, int]:
+        name, message, _, _ = failures[rank]
+        if isinstance(getattr(errors, name, None), type):
+            return (0, rank)
+        if name == "RankDied":
+            return (1, rank)
+        lost_peer = "Connection" in message or "gloo" in message or "NCCL" in message
+        return (3 if lost_peer else 2, rank)
+
+    rank = min(failures, key=weight)
+    name, message, code, trace = failures[rank]
+    error_class = getattr(errors, name, None)
+    if isinstance(error_class, type) and issubclass(error_class, XmtfError) and error_class is not RankFailedError:
+        raise error_class(message)
+    detail = f"\n{trace}" if trace else ""
+    raise RankFailedError(f"rank {rank} failed: {name}: {message}{detail}", ExitCode(code))
+
+
+def _end_all(processes: list[BaseProcess]) -> None:
+    """Join what has ended, terminate the rest, kill what does not listen."""
+    for process in processes:
+        process.join(0.5 if process.exitcode is None else 0)
+    for process in processes:
+        if process.is_alive():
+            process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()

@@ -1,0 +1,143 @@
+"""Start torch.distributed and Megatron-Core's groups, and say which part of the model this rank holds."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_xmtf.config.schema import ParallelConfig
+from megatron_xmtf.errors import ConfigError
+from megatron_xmtf.parallel.cpu_device import enter_cpu_device
+
+__all__ = ["Topology", "destroy_parallel", "initialize_parallel", "world_size_from_environment"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This rank's place. Ranks and sizes of each kind of parallelism, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes logits and losses."""
+        return self.pp_rank == self.pp_size - 1
+
+    def __str__(self) -> str:
+        return f"TP{self.tp_size} x PP{self.pp_size} x DP{self.dp_size} on {self.device.type}"
+
+
+def world_size_from_environment() -> int:
+    """Return WORLD_SIZE as torchrun sets it, 1 without."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_world_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Return the data-parallel size.
+
+    Raises:  ConfigError: the world size is not a multiple of tp x pp.
+    """
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        raise ConfigError(
+            f"{world_size} ranks cannot hold tensor_model_parallel_size x pipeline_model_parallel_size = {tp} x {pp}: "
+            f"the number of ranks must be a multiple of {tp * pp}; start {-(-world_size // (tp * pp)) * tp * pp} ranks "
+            "(--nproc) or change parallel.*."
+        )
+    return world_size // (tp * pp)
+
+
+def initialize_parallel(parallel: ParallelConfig, *, seed: int) -> Topology:
+    """Start the process group (if it is not running) and Megatron-Core's groups and RNG states.
+
+    Rank and world size come from the environment as torchrun and `parallel.launch` set them.
+
+    Args:    parallel: sizes. seed: of the model-parallel RNG; dropout differs between tensor-parallel ranks.
+    Raises:  ConfigError: the world size is not a multiple of tp x pp.
+    """
+    check_world_size(parallel, world_size_from_environment())
+    device = _choose_device()
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    if not torch.distributed.is_initialized():
+        _start_process_group(device, timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    topology = Topology(
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        device=device,
+    )
+    logger.info("%s", topology)
+    return topology
+
+
+def destroy_parallel() -> None:
+    """Take down Megatron-Core's groups and the process group."""
+    unset_num_microbatches_calculator()
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _choose_device() -> torch.device:
+    """Take this rank's GPU where there is one, else enter the CPU adapter."""
+    if not torch.cuda.is_available():
+        enter_cpu_device()
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+            "start at most one rank a GPU (--nproc)."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _start_process_group(device: torch.device, timeout: timedelta) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store_file = os.environ.get("XMTF_RENDEZVOUS_FILE")
+    if store_file is None and "MASTER_ADDR" not in os.environ:
+        # One process started by hand: nobody to meet, and no port to be taken by someone else.
+        store: torch.distributed.Store = torch.distributed.HashStore()
+    elif store_file is not None:
+        store = torch.distributed.FileStore(store_file, world_size_from_environment())
+    else:
+        torch.distributed.init_process_group(backend, timeout=timeout)
+        return
+    torch.distributed.init_process_group(
+        backend,
+        store=store,
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=world_size_from_environment(),
+        timeout=timeout,
+    )
