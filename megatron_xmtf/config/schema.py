@@ -166,8 +166,8 @@ class RecomputeConfig(_Section):
 class KernelsConfig(_Section):
     """Which implementation of each operation runs; decided once at start and printed."""
 
-    attention: Literal["auto", "reference"] = "auto"
-    """Packed ALiBi attention."""
+    attention: Literal["auto", "reference", "sdpa"] = "auto"
+    """Packed ALiBi attention. auto: sdpa in fp32, reference in half precision."""
 
 
 class CheckpointConfig(_Section):

@@ -1,0 +1,194 @@
+"""BLOOM on Megatron-Core's layers: ALiBi, LayerNorm after the embedding, output layer tied over the pipeline.
+
+    tokens [b, s] -> embedding [s, b, h] -> LayerNorm -> num_layers x (attention, feed-forward) -> LayerNorm
+           -> logits [s, b, vocab / tp] with the embedding's own weight
+
+Megatron-Core's fused QKV rows are [heads, 3, head_dim], the same as BLOOM's in `transformers`.
+Source:  Le Scao et al. 2022, "BLOOM: A 176B-Parameter Open-Access Multilingual Language Model", section 3.2.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType, ModelType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megatron_xmtf.kernels.packed_attention import PackedAttention
+from megatron_xmtf.kernels.packed_attention.reference import alibi_slopes, packed_bias
+from megatron_xmtf.models.architecture import BloomArchitecture
+from megatron_xmtf.models.attention import PackedCoreAttention
+from megatron_xmtf.models.norm import LayerNorm
+
+__all__ = ["BloomModel"]
+
+PADDED_LOGIT = -1e30
+"""Logit of vocabulary rows that exist for divisibility alone: no probability, and no NaN as -inf - -inf would give."""
+
+
+class BloomEmbedding(MegatronModule):
+    """Vocabulary-parallel embedding followed by LayerNorm."""
+
+    def __init__(self, config: TransformerConfig, architecture: BloomArchitecture) -> None:
+        super().__init__(config=config)
+        self.word_embeddings = tensor_parallel.VocabParallelEmbedding(
+            architecture.padded_vocab_size,
+            config.hidden_size,
+            init_method=config.init_method,
+            reduce_scatter_embeddings=config.sequence_parallel,
+            config=config,
+        )
+        self.layernorm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Embed.
+
+        Args:    tokens: int64 [b, s].
+        Returns: [s, b, h]; [s / tp, b, h] under sequence parallelism.
+        """
+        embedded = self.word_embeddings(tokens)
+        if not self.config.sequence_parallel:
+            embedded = embedded.transpose(0, 1).contiguous()
+        normed: Tensor = self.layernorm(embedded)
+        return normed
+
+
+class BloomModel(LanguageModule):
+    """One pipeline stage (or virtual chunk) of a BLOOM.
+
+    Args:  config: Megatron-Core's. architecture: the whole model. attention: the chosen kernel.
+           pre_process: this chunk embeds. post_process: this chunk computes logits and losses.
+           vp_stage: number of this chunk on its rank, None without a virtual pipeline.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        architecture: BloomArchitecture,
+        *,
+        attention: PackedAttention,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+    ) -> None:
+        super().__init__(config=config)
+        self.architecture = architecture
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = True
+        self.model_type = ModelType.encoder_or_decoder
+        self.register_buffer("slopes", self._local_slopes(), persistent=False)
+        if pre_process:
+            self.embedding = BloomEmbedding(config, architecture)
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=block_spec(config, attention, vp_stage),
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                architecture.padded_vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=False,
+                skip_weight_param_allocation=pre_process,
+            )
+        self.setup_embeddings_and_output_layer()
+
+    def _local_slopes(self) -> Tensor:
+        """Return the ALiBi slopes of this tensor-parallel rank's heads, fp32 [heads / tp]."""
+        heads = self.architecture.num_attention_heads // self.config.tensor_model_parallel_size
+        first = parallel_state.get_tensor_model_parallel_rank() * heads
+        slopes = alibi_slopes(self.architecture.num_attention_heads)[first : first + heads]
+        return slopes.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take the previous stage's hidden states; called by Megatron-Core's schedules."""
+        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        self.decoder.set_input_tensor(tensor)
+
+    def forward(self, tokens: Tensor, segment_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Run this chunk.
+
+        Args:    tokens, segment_ids: int64 [b, s]. labels: int64 [b, s], or None for logits.
+        Returns: hidden states [s, b, h] on inner stages ([s / tp, b, h] under sequence parallelism); on the last
+                 stage fp32 losses [b, s] with labels, logits [b, s, vocab / tp] without.
+        """
+        hidden = self.embedding(tokens) if self.pre_process else None
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            attention_bias=packed_bias(segment_ids, self.slopes.float()),
+        )
+        if not self.post_process:
+            return hidden
+        weight = self.shared_embedding_or_output_weight() if self.pre_process else None
+        logits, _ = self.output_layer(hidden, weight=weight)
+        logits = self._without_padded_words(logits)
+        if labels is None:
+            return logits.transpose(0, 1).contiguous()
+        losses: Tensor = self.compute_language_model_loss(labels, logits.float())
+        return losses
+
+    def _without_padded_words(self, logits: Tensor) -> Tensor:
+        """Take all probability from the padded rows of the vocabulary; only the last ranks hold any.
+
+        Args:    logits: [s, b, vocab / tp].
+        """
+        first = parallel_state.get_tensor_model_parallel_rank() * logits.size(-1)
+        real = max(0, min(logits.size(-1), self.architecture.vocab_size - first))
+        if real == logits.size(-1):
+            return logits
+        return torch.nn.functional.pad(logits[..., :real], (0, logits.size(-1) - real), value=PADDED_LOGIT)
+
+
+def block_spec(
+    config: TransformerConfig, attention: PackedAttention, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Describe the layers of one chunk to Megatron-Core."""
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=LayerNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=tensor_parallel.ColumnParallelLinear,
+                    core_attention=partial(PackedCoreAttention, attention=attention),
+                    linear_proj=tensor_parallel.RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=LayerNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=tensor_parallel.ColumnParallelLinear, linear_fc2=tensor_parallel.RowParallelLinear
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=LayerNorm)
