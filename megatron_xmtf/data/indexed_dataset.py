@@ -286,7 +286,7 @@ class IndexedDatasetWriter:
 
 def _raw_bytes(array: np.ndarray) -> memoryview | bytes:
     """Return the memory of a contiguous array without a copy; an empty one cannot be cast."""
-    return memoryview(array).cast("B") if array.size else b""
+    return array.data.cast("B") if array.size else b""
 
 
 def _exclusive_sum(values: np.ndarray, scale: int) -> np.ndarray:

@@ -58,9 +58,10 @@ class Tokenizer:
                 f"tokenizer {directory} is not a directory; give a local directory that holds tokenizer.json "
                 "(a model on the hub is fetched first: `hf download NAME --local-dir DIR`)."
             )
+        defaults: dict[str, int] = {}
         try:
             if (directory / "tokenizer.json").is_file():
-                backend, defaults = _read_tokenizer_json(directory / "tokenizer.json"), {}
+                backend = _read_tokenizer_json(directory / "tokenizer.json")
             else:
                 backend, defaults = _convert_with_transformers(directory)
             configs = [_read_optional(directory / name) for name in (*SPECIAL_TOKEN_FILES, "config.json")]
