@@ -35,7 +35,7 @@ def language_task_heatmap(
     if languages is None:
         languages = sorted({language for language, _ in changes}, key=lambda row: (-_mean_gain(changes, row), row))
     labels = language_labels or {}
-    label_width, cell_width, cell_height, header = 200.0, max(92.0, min(130.0, 860.0 / (len(tasks) + 1))), 25.0, 96.0
+    label_width, cell_width, cell_height, header = 200.0, max(92.0, min(130.0, 860.0 / (len(tasks) + 1))), 25.0, 116.0
     columns = [*tasks, None] if len(tasks) > 1 else list(tasks)
     rows = [None, *languages] if len(languages) > 1 else list(languages)
     parts: list[str] = [_scale(label_width)]
@@ -86,7 +86,7 @@ def _heat_cell(x: float, y: float, width: float, height: float, changes: Sequenc
         return f'<rect {box} fill="none" stroke="{GREY}"/>'
     gain = fmean(_gain(change) for change in changes)
     fill = mix("#ffffff", BLUE if gain >= 0 else ORANGE, abs(gain))
-    colour = "#ffffff" if abs(gain) > 0.55 else INK
+    colour = "#ffffff" if abs(gain) > 0.85 else INK
     mean = Change(
         _mean([change.before for change in changes]),
         _mean([change.after for change in changes]),

@@ -1,0 +1,143 @@
+"""Ask a checkpoint on the parallel engine: packed rows through Megatron-Core's pipeline schedules.
+
+    pairs      ([6 7], [8 2])   ([4], [5 2])               inputs, target
+    tokens      6    7    8    4    5                      one row; segments do not see each other
+    labels      7    8    2    5    2
+    -loss            a    b    c    d                      where the label is a target
+    scores     a + b            c + d                      of segment 1 and of segment 2
+
+Every rank calls the same methods with the same arguments and gets the same answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_xmtf.data.batch import Batch, build_batch
+from megatron_xmtf.data.rows import Row, empty_row, pack_examples
+from megatron_xmtf.evaluation.backend import Pair, ignore_progress, require_finite
+from megatron_xmtf.models.forward import run_forward, run_logits
+
+__all__ = ["MegatronBackend"]
+
+LOGITS_PER_BATCH = 1 << 26
+"""Logits that a rank computes at once, 256 MiB in fp32."""
+ROW_TOKENS = 256
+"""Tokens of a row where no pair is longer: attention's cost per token grows with the row."""
+ROW_MULTIPLE = 64
+"""Rows are a multiple of this long, so that a tensor-parallel size divides them for sequence parallelism."""
+BATCHES_PER_RUN = 16
+"""Micro-batches of a data-parallel rank between two reports of progress, per pipeline stage (the bubble is 1/16)."""
+
+
+class MegatronBackend:
+    """A model that is split over ranks.
+
+    Args:  chunks: this rank's, of `build_model`, with weights. pad_id: token that fills rows.
+           logits_per_batch: bound of memory; results do not depend on it.
+    """
+
+    def __init__(
+        self, chunks: Sequence[torch.nn.Module], *, pad_id: int, logits_per_batch: int = LOGITS_PER_BATCH
+    ) -> None:
+        self.chunks, self.pad_id, self.logits_per_batch = list(chunks), pad_id, logits_per_batch
+        self.vocab_size = int(unwrap_model(self.chunks[0]).architecture.vocab_size)
+        self.max_length: int | None = None  # ALiBi has no last position
+
+    def score(self, pairs: Sequence[Pair], *, advance: Callable[[int], None] = ignore_progress) -> list[float]:
+        """Score pairs packed into rows (see `Backend.score`)."""
+        if not pairs:
+            return []
+        lengths = [len(inputs) + len(target) for inputs, target in pairs]
+        sequence_length = _round_up(max(max(lengths) - 1, min(ROW_TOKENS, sum(lengths))))
+        rows = pack_examples(pairs, sequence_length=sequence_length, pad_id=self.pad_id)
+        batches = self._batches(rows, sequence_length)
+        scores = [math.nan] * len(pairs)
+        for run in self._runs(batches):
+            for scored in run_forward(self.chunks, run, _sum_of_segments):
+                for position, score in scored:
+                    scores[position] = score
+            advance(sum(batch.num_examples for batch in run))
+        return require_finite(scores)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        eos_id: int,
+        advance: Callable[[int], None] = ignore_progress,
+    ) -> list[list[int]]:
+        """Continue prompts greedily; each step reads the whole text again (see `Backend.generate`)."""
+        answers: list[list[int]] = [[] for _ in prompts]
+        going = list(range(len(prompts)))
+        for _ in range(max_new_tokens):
+            if not going:
+                break
+            tokens = self._next_tokens([[*prompts[i], *answers[i]] for i in going])
+            still_going = []
+            for i, token in zip(going, tokens, strict=True):
+                if token != eos_id:
+                    answers[i].append(token)
+                    still_going.append(i)
+            advance(len(going) - len(still_going))
+            going = still_going
+        advance(len(going))
+        return answers
+
+    def _next_tokens(self, texts: Sequence[Sequence[int]]) -> list[int]:
+        """Return the most probable token behind each text; a row holds one text."""
+        sequence_length = _round_up(max(map(len, texts)))
+        rows = [pack_examples([((), text)], sequence_length=sequence_length, pad_id=self.pad_id)[0] for text in texts]
+        found = run_logits(self.chunks, self._batches(rows, sequence_length), _best_at_end)
+        return [token for tokens in found for token in tokens]
+
+    def _batches(self, rows: Sequence[Row], sequence_length: int) -> list[Batch]:
+        """Deal rows to micro-batches of one size, the last completed with empty rows."""
+        tp_size = parallel_state.get_tensor_model_parallel_world_size()
+        ranks = parallel_state.get_data_parallel_world_size() * parallel_state.get_pipeline_model_parallel_world_size()
+        within_memory = self.logits_per_batch * tp_size // (sequence_length * self.vocab_size)
+        size = max(1, min(within_memory, -(-len(rows) // ranks)))
+        padding = [empty_row(sequence_length=sequence_length, pad_id=self.pad_id)] * (-len(rows) % size)
+        full = [*rows, *padding]
+        return [build_batch(full[i : i + size], normalization="target_token") for i in range(0, len(full), size)]
+
+    def _runs(self, batches: Sequence[Batch]) -> list[list[Batch]]:
+        dp_size = parallel_state.get_data_parallel_world_size()
+        count = BATCHES_PER_RUN * dp_size * parallel_state.get_pipeline_model_parallel_world_size()
+        return [list(batches[i : i + count]) for i in range(0, len(batches), count)]
+
+
+def _sum_of_segments(batch: Batch, losses: Tensor) -> list[tuple[int, float]]:
+    """Return (position of the pair, its log-probability) of each segment of a batch.
+
+    Args:  losses: fp32 [micro_batch, sequence], -log p(label).
+    """
+    weighted = torch.where(batch.loss_weights > 0, -losses, torch.zeros_like(losses))
+    num_segments = max(len(row.example_ids) for row in batch.rows)
+    sums = torch.zeros(len(batch.rows), num_segments + 1, dtype=torch.float64, device=losses.device)
+    sums.scatter_add_(1, batch.segment_ids, weighted.double())  # [micro_batch, segment], column 0 is padding
+    return [
+        (int(position), score)
+        for row, row_sums in zip(batch.rows, sums.tolist(), strict=True)
+        for position, score in zip(row.example_ids, row_sums[1 : len(row.example_ids) + 1], strict=True)
+    ]
+
+
+def _best_at_end(batch: Batch, logits: Tensor) -> list[int]:
+    """Return the most probable token behind each row that is not empty.
+
+    Args:  logits: fp32 [micro_batch, sequence, vocab_size].
+    """
+    lengths = (batch.segment_ids > 0).sum(dim=1).tolist()
+    return [int(logits[row, length - 1].argmax()) for row, length in enumerate(lengths) if length]
+
+
+def _round_up(length: int) -> int:
+    return -(-max(length, 1) // ROW_MULTIPLE) * ROW_MULTIPLE
