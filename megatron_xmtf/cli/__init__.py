@@ -19,6 +19,7 @@ __all__ = ["build_parser", "main"]
 
 VERBS: dict[str, str] = {
     # verb: module of this package
+    "render": "render",
 }
 """Verb -> module of this package, in the order of the data flow."""
 
