@@ -1,0 +1,351 @@
+import json
+
+import numpy as np
+import pytest
+
+from megatron_xmtf.config import DataConfig
+from megatron_xmtf.data.best_fit import best_fit_patterns
+from megatron_xmtf.data.packing import (
+    PackingIndex,
+    build_packing_index,
+    index_path,
+    open_packing_index,
+    pack_dataset,
+    pack_lengths,
+    pack_mixture,
+    packing_key,
+)
+from megatron_xmtf.errors import DatasetError, DiskFullError
+from tests.data.memory_dataset import MemoryDataset, dataset_of_lengths, random_dataset
+
+
+def lognormal_lengths(count, capacity, seed=0, mean=200):
+    """Lengths with the long tail of instruction data; sigma 1 puts the median at 0.6 of the mean."""
+    draws = np.random.default_rng(seed).lognormal(np.log(mean) - 0.5, 1.0, count)
+    return np.clip(np.rint(draws), 1, capacity).astype(np.int32)
+
+
+def row_sums(lengths, row_offsets, order):
+    return np.add.reduceat(lengths[order].astype(np.int64), row_offsets[:-1])
+
+
+def best_fit_decreasing(lengths, capacity):
+    """Oracle: best-fit decreasing, one example at a time, by trying every row. Returns used tokens of each row."""
+    rows = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [row for row in range(len(rows)) if rows[row] + length <= capacity]
+        if fitting:
+            rows[max(fitting, key=lambda row: rows[row])] += length
+        else:
+            rows.append(length)
+    return rows
+
+
+def test_the_worked_example():
+    counts = np.bincount([7, 7, 6, 4, 3, 3, 2], minlength=11)
+    patterns = best_fit_patterns(counts, capacity=10)
+    assert sorted((tuple(p.lengths), p.rows) for p in patterns) == [((2,), 1), ((6, 4), 1), ((7, 3), 2)]
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_same_rows_as_best_fit_decreasing_example_by_example(seed):
+    random = np.random.default_rng(seed)
+    capacity = int(random.integers(5, 60))
+    lengths = random.integers(1, capacity + 1, size=int(random.integers(1, 300)))
+    row_offsets, order = pack_lengths(lengths, capacity=capacity, seed=seed)
+    sums = row_sums(lengths, row_offsets, order)
+    assert sorted(sums) == sorted(best_fit_decreasing(lengths.tolist(), capacity))
+
+
+def test_every_example_once_and_no_row_over_capacity():
+    lengths = lognormal_lengths(20_000, 513, mean=100)
+    row_offsets, order = pack_lengths(lengths, capacity=513, seed=3)
+    assert np.array_equal(np.sort(order), np.arange(len(lengths)))
+    assert row_offsets[0] == 0 and row_offsets[-1] == len(lengths) and np.all(np.diff(row_offsets) >= 1)
+    assert row_sums(lengths, row_offsets, order).max() <= 513
+
+
+def test_fill_on_realistic_lengths():
+    lengths = lognormal_lengths(100_000, 2049)
+    row_offsets, order = pack_lengths(lengths, capacity=2049, seed=0)
+    rows = len(row_offsets) - 1
+    assert lengths.sum() / (rows * 2049) >= 0.995
+    assert rows >= -(-int(lengths.sum()) // 2049)
+
+
+def test_capacity_beyond_16_bits():
+    lengths = np.array([70_000, 30_000, 40_000, 60_000, 100_000])
+    row_offsets, order = pack_lengths(lengths, capacity=100_000, seed=0)
+    assert row_sums(lengths, row_offsets, order).tolist() == [100_000] * 3
+
+
+def test_one_seed_one_result_another_seed_another_order():
+    lengths = lognormal_lengths(3_000, 257, mean=60)
+    first, again, other = (pack_lengths(lengths, capacity=257, seed=seed) for seed in (5, 5, 6))
+    assert first[0].tobytes() == again[0].tobytes() and first[1].tobytes() == again[1].tobytes()
+    assert not np.array_equal(first[1], other[1])
+    assert len(first[0]) == len(other[0])
+
+
+def test_length_orders_neither_rows_nor_segments():
+    lengths = lognormal_lengths(50_000, 2049)
+    row_offsets, order = pack_lengths(lengths, capacity=2049, seed=0)
+    packed, segments = lengths[order], np.diff(row_offsets)
+    halves = segments[: len(segments) // 2].mean() / segments[len(segments) // 2 :].mean()
+    assert 0.9 < halves < 1.1
+    multiple = np.flatnonzero(segments > 1)
+    first, last = packed[row_offsets[multiple]], packed[row_offsets[multiple + 1] - 1]
+    assert 0.45 < np.mean(first > last) / np.mean(first != last) < 0.55
+    # Equal lengths do not stay in their order in the file.
+    same = order[packed == 100]
+    assert len(same) > 100 and 0.4 < np.mean(np.diff(same) > 0) < 0.6
+
+
+@pytest.mark.parametrize("lengths", [[0, 3], [3, 11], [-1]])
+def test_lengths_that_no_row_holds_are_refused(lengths):
+    with pytest.raises(DatasetError, match="a row holds 1 to 10"):
+        pack_lengths(np.array(lengths), capacity=10, seed=0)
+
+
+def test_nothing_to_pack_is_no_row():
+    row_offsets, order = pack_lengths(np.zeros(0, np.int64), capacity=10, seed=0)
+    assert row_offsets.tolist() == [0] and len(order) == 0
+
+
+# The index of a run.
+
+
+def config(names, **fields):
+    return DataConfig.model_validate({"train": [{"prefix": name} for name in names], **fields})
+
+
+def segments_of(index):
+    return list(zip(index.dataset_ids.tolist(), index.example_ids.tolist(), strict=True))
+
+
+def test_each_epoch_has_every_example_once_and_is_packed_by_itself():
+    datasets = [random_dataset("a", 30, seed=1), random_dataset("b", 50, seed=2)]
+    index = pack_mixture(datasets, sequence_length=31, rows_needed=100, seed=7)
+    epochs = index.statistics["epochs"]
+    assert epochs > 1 and len(index) >= 100 and len(index.example_ids) == 80 * epochs
+    everything = sorted([(0, i) for i in range(30)] + [(1, i) for i in range(50)])
+    orders = []
+    for epoch in range(epochs):
+        segments = segments_of(index)[80 * epoch : 80 * (epoch + 1)]
+        assert sorted(segments) == everything
+        assert 80 * (epoch + 1) in index.row_offsets
+        orders.append(segments)
+    assert orders[0] != orders[1]
+
+
+def test_a_longer_run_begins_with_the_rows_of_a_shorter_one():
+    datasets = [random_dataset("a", 40, seed=1)]
+    short = pack_mixture(datasets, sequence_length=31, rows_needed=10, seed=7)
+    long = pack_mixture(datasets, sequence_length=31, rows_needed=90, seed=7)
+    assert len(long) > len(short)
+    assert np.array_equal(long.row_offsets[: len(short) + 1], short.row_offsets)
+    assert segments_of(long)[: len(short.example_ids)] == segments_of(short)
+
+
+def test_weights_decide_the_shares_and_repeats_are_counted():
+    datasets = [random_dataset("a", 90, seed=1), random_dataset("b", 10, seed=2)]
+    index = pack_mixture(datasets, weights=[1, 3], sequence_length=31, rows_needed=1, seed=7)
+    assert np.bincount(index.dataset_ids).tolist() == [25, 75]
+    a, b = index.statistics["datasets"]
+    assert (a["examples"], a["repeats"], b["examples"], b["repeats"]) == (25, 0, 75, 65)
+    assert b["epochs"] == 7.5 and index.statistics["repeats"] == 65
+
+
+def test_statistics_against_a_count_by_hand():
+    datasets = [dataset_of_lengths("a", [(3, 2), (9, 2), (2, 1), (1, 9)]), dataset_of_lengths("t", [(0, 5), (0, 1)])]
+    statistics = pack_mixture(datasets, sequence_length=7, seed=0).statistics
+    # Fitting 8 tokens: 3+2, 2+1, text 5, text 1; the first token of a text is not predicted.
+    assert statistics["examples"] == 4 and statistics["tokens"] == 5 + 3 + 5 + 1
+    assert statistics["target_tokens"] == 2 + 1 + 4 + 0
+    assert statistics["rows"] == 2 and statistics["fill_fraction"] == 14 / 16
+    assert (statistics["dropped"], statistics["truncated"], statistics["empty"]) == (2, 0, 0)
+    assert [entry["name"] for entry in statistics["datasets"]] == ["a", "t"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept", "dropped", "truncated"),
+    [("drop", [0], 3, 0), ("truncate_inputs_left", [0, 1], 2, 1), ("truncate_inputs_right", [0, 1], 2, 1)],
+)
+def test_policies_for_long_examples(policy, kept, dropped, truncated):
+    # A row holds 8 tokens. Example 2 has no room for a token of its inputs, example 3 is a target longer than a row.
+    dataset = dataset_of_lengths("a", [(3, 2), (9, 2), (4, 8), (1, 12)])
+    statistics = (index := pack_mixture([dataset], sequence_length=7, long_examples=policy)).statistics
+    assert sorted(index.example_ids.tolist()) == kept
+    assert (statistics["dropped"], statistics["truncated"]) == (dropped, truncated)
+
+
+def test_error_policy_names_the_example():
+    dataset = dataset_of_lengths("swahili", [(3, 2), (9, 2), (4, 8)])
+    with pytest.raises(DatasetError, match=r"'swahili'.*example 1 has 9 \+ 2 = 11 tokens, a row holds 8 .*2 of 3"):
+        pack_mixture([dataset], sequence_length=7, long_examples="error")
+
+
+def test_an_example_without_target_is_left_out_and_counted():
+    statistics = pack_mixture([dataset_of_lengths("a", [(3, 0), (3, 2)])], sequence_length=7).statistics
+    assert (statistics["examples"], statistics["empty"], statistics["dropped"]) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("lengths", [[], [(20, 3)], [(2, 0)]])
+def test_a_mixture_that_could_never_fill_a_row_is_an_error(lengths):
+    datasets = [dataset_of_lengths("a", lengths), dataset_of_lengths("b", [(1, 30)])]
+    with pytest.raises(DatasetError, match="none of the .* fits a row of 8 tokens"):
+        pack_mixture(datasets, sequence_length=7, rows_needed=10)
+    with pytest.raises(DatasetError, match="dataset 'b'.*1 too long"):
+        pack_mixture(datasets[1:], sequence_length=7, rows_needed=10)
+
+
+def test_a_weighted_dataset_with_nothing_to_give_is_an_error():
+    datasets = [dataset_of_lengths("a", [(3, 2)]), dataset_of_lengths("b", [(1, 30)])]
+    assert pack_mixture(datasets, sequence_length=7).statistics["dropped"] == 1
+    with pytest.raises(DatasetError, match="dataset 'b'"):
+        pack_mixture(datasets, weights=[1, 1], sequence_length=7)
+
+
+def test_build_stores_and_open_finds(tmp_path):
+    datasets = [random_dataset("a", 40, seed=1), random_dataset("b", 20, seed=2)]
+    arguments = dict(data=config("ab"), sequence_length=31, rows_needed=20, seed=3, directory=tmp_path)
+    with pytest.raises(DatasetError, match="xmtf pack CONFIG"):
+        open_packing_index(datasets, **arguments)
+    built = build_packing_index(datasets, **arguments)
+    opened = open_packing_index(datasets, **arguments)
+    assert isinstance(opened.example_ids, np.memmap)
+    assert segments_of(built) == segments_of(opened) and built.statistics == opened.statistics
+    assert [path.name for path in tmp_path.iterdir()] == [built.key[:16]]
+    with pytest.raises(DatasetError, match="seed=4"):
+        open_packing_index(datasets, **{**arguments, "seed": 4})
+
+
+def test_same_arguments_same_bytes(tmp_path):
+    datasets = [random_dataset("a", 40, seed=1)]
+    files = []
+    for place in ("one", "two"):
+        index = build_packing_index(
+            datasets, data=config("a"), sequence_length=31, rows_needed=20, seed=3, directory=tmp_path / place
+        )
+        files.append({p.name: p.read_bytes() for p in index_path(tmp_path / place, index.key).iterdir()})
+    assert files[0] == files[1] and len(files[0]) == 4
+
+
+def test_the_key_changes_with_everything_that_changes_the_rows():
+    same = dict(weights=None, sequence_length=31, long_examples="drop", seed=3, rows_needed=20)
+    datasets = [random_dataset("a", 40, seed=1)]
+    key = packing_key(datasets, **same)[0]
+    assert key == packing_key([random_dataset("a", 40, seed=1, first_token=99)], **same)[0]
+    others = [
+        packing_key(datasets, **{**same, field: value})[0]
+        for field, value in [
+            ("weights", [1.0]),
+            ("sequence_length", 30),
+            ("long_examples", "truncate_inputs_left"),
+            ("seed", 4),
+            ("rows_needed", 21),
+        ]
+    ]
+    others.append(packing_key([random_dataset("a", 40, seed=2)], **same)[0])
+    for content in ("x", "y"):
+        datasets[0].manifest = {"sha256": content}
+        others.append(packing_key(datasets, **same)[0])
+    assert len({key, *others}) == len(others) + 1
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def forge_rows(path):
+    manifest = json.loads(path.read_text())
+    manifest["statistics"]["rows"] += 1
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("example_ids.npy", truncate, "bytes instead of"),
+        ("row_offsets.npy", flip_a_bit, "altered"),
+        ("dataset_ids.npy", lambda path: path.unlink(), "is missing"),
+        ("packing.json", lambda path: path.write_text("{"), "not valid JSON"),
+        ("packing.json", lambda path: path.write_text("{}"), "not that of a packing index"),
+        ("packing.json", lambda path: path.unlink(), "does not exist"),
+        ("packing.json", forge_rows, "rows"),
+    ],
+)
+def test_a_damaged_index_is_refused(tmp_path, name, damage, message):
+    index = pack_mixture([random_dataset("a", 40, seed=1)], sequence_length=31)
+    index.save(tmp_path / "index")
+    PackingIndex.load(tmp_path / "index", key=index.key)
+    damage(tmp_path / "index" / name)
+    with pytest.raises(DatasetError, match=message):
+        PackingIndex.load(tmp_path / "index", key=index.key)
+
+
+def test_an_index_of_another_key_is_refused(tmp_path):
+    pack_mixture([random_dataset("a", 40, seed=1)], sequence_length=31).save(tmp_path / "index")
+    with pytest.raises(DatasetError, match="its key is"):
+        PackingIndex.load(tmp_path / "index", key="0" * 64)
+
+
+def test_arrays_that_could_run_code_are_not_read(tmp_path):
+    index = pack_mixture([random_dataset("a", 40, seed=1)], sequence_length=31)
+    index.save(tmp_path / "index")
+    path = tmp_path / "index" / "example_ids.npy"
+    np.save(path, np.array([print], dtype=object), allow_pickle=True)
+    manifest = json.loads((tmp_path / "index" / "packing.json").read_text())
+    import hashlib
+
+    content = path.read_bytes()
+    manifest["files"][path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (tmp_path / "index" / "packing.json").write_text(json.dumps(manifest))
+    with pytest.raises(DatasetError, match="cannot be read"):
+        PackingIndex.load(tmp_path / "index")
+
+
+def test_the_first_of_two_builders_is_kept(tmp_path, monkeypatch):
+    first = pack_mixture([random_dataset("a", 40, seed=1)], sequence_length=31)
+    second = pack_mixture([random_dataset("a", 40, seed=1)], sequence_length=31, seed=9)
+    write = PackingIndex._write
+
+    def write_while_another_finishes(self, directory):
+        if self is second:
+            first.save(tmp_path / "index")
+        write(self, directory)
+
+    monkeypatch.setattr(PackingIndex, "_write", write_while_another_finishes)
+    second.save(tmp_path / "index")
+    assert PackingIndex.load(tmp_path / "index").key == first.key
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    def fail(self, directory):
+        (directory / "half").write_text("written")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PackingIndex, "_write", fail)
+    with pytest.raises(DiskFullError):
+        pack_mixture([random_dataset("a", 40, seed=1)], sequence_length=31).save(tmp_path / "index")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_validation_keeps_the_order_of_the_file():
+    dataset = dataset_of_lengths("a", [(3, 2), (1, 1), (9, 2), (2, 2), (2, 3), (3, 0), (1, 7)])
+    index = pack_dataset(dataset, sequence_length=7)
+    assert index.example_ids.tolist() == [0, 1, 3, 4, 6]
+    assert index.row_offsets.tolist() == [0, 2, 3, 4, 5]
+    assert (index.statistics["dropped"], index.statistics["empty"]) == (1, 1)
+    two = pack_dataset(dataset, sequence_length=7, rows=2)
+    assert two.example_ids.tolist() == [0, 1, 3] and two.statistics["rows"] == 2
+    assert two.statistics["tokens"] == 5 + 2 + 4
+    with pytest.raises(DatasetError, match="no example for a row"):
+        pack_dataset(MemoryDataset("e", []), sequence_length=7)
