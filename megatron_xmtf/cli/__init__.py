@@ -20,6 +20,7 @@ __all__ = ["build_parser", "main"]
 VERBS: dict[str, str] = {
     # verb: module of this package
     "render": "render",
+    "pack": "pack",
 }
 """Verb -> module of this package, in the order of the data flow."""
 
