@@ -21,6 +21,8 @@ VERBS: dict[str, str] = {
     # verb: module of this package
     "render": "render",
     "pack": "pack",
+    "evaluate": "evaluate",
+    "generate": "generate",
 }
 """Verb -> module of this package, in the order of the data flow."""
 
