@@ -18,6 +18,7 @@ from megatron_xmtf.files import TEMPORARY_MARK, read_json
 __all__ = [
     "COLUMNS",
     "COLUMNS_FILE",
+    "COMMITTING",
     "FORMAT",
     "FORMAT_VERSION",
     "HALVES",
@@ -38,6 +39,8 @@ HALVES: dict[Kind, tuple[str, ...]] = {"pairs": ("inputs_document", "targets_doc
 COLUMNS = ("dataset", "language", "template", "task")
 """Record fields kept for every example."""
 COLUMNS_FILE = "columns.npz"
+COMMITTING = "committing"
+"""File of a writer's working directory that exists while files are moved to their final names."""
 FORMAT = "megatron_xmtf.examples"
 FORMAT_VERSION = 1
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
@@ -145,14 +148,14 @@ def find_kind(prefix: Path, manifest: dict[str, Any] | None) -> Kind:
     if manifest is not None:
         return manifest["kind"]
     unfinished = list(unfinished_directories(prefix))
-    if unfinished:
+    found: list[Kind] = [
+        kind for kind, halves in HALVES.items() if any(dataset_file(prefix, f"{half}.idx").exists() for half in halves)
+    ]
+    if unfinished and (not found or any((directory / COMMITTING).exists() for directory in unfinished)):
         raise DatasetError(
             f"{prefix} is unfinished: a run that writes it was interrupted or is still going ({unfinished[0].name}), "
             "and there is no manifest. Run it again."
         )
-    found: list[Kind] = [
-        kind for kind, halves in HALVES.items() if any(dataset_file(prefix, f"{half}.idx").exists() for half in halves)
-    ]
     if len(found) == 2:
         raise DatasetError(f"{prefix} has both pairs and text but no manifest that says which; move one of them away.")
     if not found:

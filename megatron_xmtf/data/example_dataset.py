@@ -202,7 +202,7 @@ class ExampleDataset:
             raise TokenizerError(
                 f"{self.prefix} was made with the tokenizer {info['fingerprint'][:12]}... ({info['vocab_size']} ids), "
                 f"but {tokenizer.directory} is {tokenizer.fingerprint[:12]}... ({tokenizer.vocab_size} ids): "
-                "the same ids mean other text. Preprocess the records with this tokenizer, or use the model of the other one."
+                "the same ids mean other text. Preprocess the records with this tokenizer, or use the other's model."
             )
         if tokenizer is not None and info["eos_id"] != tokenizer.eos_id:
             raise TokenizerError(

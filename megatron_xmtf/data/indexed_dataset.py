@@ -118,6 +118,14 @@ class IndexedDataset:
         """All tokens, one sequence after another: a read-only view of the file, `dtype` [num_tokens]."""
         return self._tokens
 
+    def token_range(self, start: int, stop: int) -> tuple[int, int]:
+        """Return where sequences `start` up to `stop` begin and end in `tokens`."""
+        ends = [
+            int(self._offsets[index]) // self.dtype.itemsize if index < len(self) else self.num_tokens
+            for index in (start, stop)
+        ]
+        return ends[0], ends[1]
+
     def __getstate__(self) -> dict[str, Path]:
         return {"path_prefix": self.path_prefix}
 
@@ -266,8 +274,12 @@ class IndexedDatasetWriter:
             document_lengths = np.ones(len(lengths), np.int8)
         self._documents.append(document_lengths)
 
+    def lengths(self) -> np.ndarray:
+        """Return the tokens of each sequence so far, int32 [sequences]."""
+        return np.concatenate([np.empty(0, "<i4"), *self._lengths])
+
     def _write_index(self) -> WrittenFile:
-        lengths = np.concatenate([np.empty(0, "<i4"), *self._lengths])
+        lengths = self.lengths()
         documents = np.concatenate([np.empty(0, np.int8), *self._documents])
         digest = hashlib.sha256()
         path = _with_suffix(self.path_prefix, ".idx")

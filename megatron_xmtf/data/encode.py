@@ -1,0 +1,244 @@
+"""Turn chunks of lines into token ids, in this process or in worker processes, always in input order.
+
+    {"inputs": "2+2?", "targets": "4"}   ->   inputs  tok("2+2?")     targets  tok(" " + "4") ++ [EOS]
+    {"inputs": "2+2?", "targets": " "}   ->   dropped as a pair, counted under empty_targets
+
+Inputs are encoded without any special token. The target prefix (a space by default, as BLOOMZ did) makes the
+target a continuation: the ids are those that the model meets when the answer follows the prompt in one text.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from megatron_xmtf.data.dataset_manifest import COLUMNS, Kind
+from megatron_xmtf.data.indexed_dataset import token_dtype
+from megatron_xmtf.data.records import BadRecord, LineChunk, Record, RecordFormat, RecordParser
+from megatron_xmtf.data.tokenizer import Tokenizer
+from megatron_xmtf.errors import RankFailedError, RecordError
+
+__all__ = ["ChunkEncoder", "EncodeSettings", "EncodedChunk", "encode_chunks"]
+
+CHUNKS_PER_WORKER = 3
+"""Chunks a worker may be ahead of the writer: bounds the memory whatever the speeds."""
+PARALLELISM_VARIABLE = "TOKENIZERS_PARALLELISM"
+"""Read by `tokenizers` at every call; threads inside a worker would only compete with the other workers."""
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """Everything that decides the ids, beside the records; sent to the workers with each chunk."""
+
+    tokenizer_directory: Path
+    kind: Kind
+    record_format: RecordFormat
+    field_map: tuple[tuple[str, str], ...]
+    """(field of the format or column, its name in the files)."""
+    target_prefix: str
+    """Put before every target (not before the documents of kind "text") ahead of tokenisation."""
+    on_bad_record: Literal["error", "skip"]
+
+
+@dataclass(frozen=True)
+class EncodedChunk:
+    """The examples of one chunk, ready to be written."""
+
+    halves: dict[str, tuple[np.ndarray, np.ndarray]]
+    """Half -> (token ids one after another, tokens of each example)."""
+    columns: dict[str, tuple[list[str], np.ndarray]]
+    """Column -> (names in the order of appearance, index of each example's name)."""
+    counts: Counter[str]
+    """read, kept, empty_inputs, empty_targets, empty_text, blank_lines, and malformed/<reason>."""
+    position: int
+    """`LineChunk.position`."""
+
+
+@dataclass
+class _Kept:
+    """Examples that have both halves."""
+
+    inputs: list[list[int]] = field(default_factory=list)
+    targets: list[list[int]] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+
+
+class ChunkEncoder:
+    """Encode chunks with one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: EncodeSettings) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+        self._parser = RecordParser(
+            kind=settings.kind, record_format=settings.record_format, field_map=dict(settings.field_map)
+        )
+        self._is_text = settings.kind == "text"
+        self._prefix = "" if self._is_text else settings.target_prefix
+        # What remains of a target that the tokenizer's normaliser deletes altogether.
+        self._nothing = ([], *tokenizer.encode_batch([self._prefix]), [tokenizer.eos_id])
+
+    def encode(self, chunk: LineChunk) -> EncodedChunk:
+        """Parse and tokenise a chunk.
+
+        Raises:  RecordError: a malformed line, unless bad records are skipped; names file and line.
+        """
+        counts: Counter[str] = Counter()
+        records = self._nonempty(self._parse(chunk, counts), counts)
+        kept = self._tokenize(records, counts)
+        counts["kept"] += len(kept.records)
+        dtype = token_dtype(self.tokenizer.vocab_size)
+        if self._is_text:
+            halves = {"text_document": _flatten(kept.targets, dtype)}
+        else:
+            halves = {
+                "inputs_document": _flatten(kept.inputs, dtype),
+                "targets_document": _flatten(kept.targets, dtype),
+            }
+        columns = {name: _index([r.columns[i] for r in kept.records]) for i, name in enumerate(COLUMNS)}
+        return EncodedChunk(halves, columns, counts, chunk.position)
+
+    def _parse(self, chunk: LineChunk, counts: Counter[str]) -> Iterator[Record]:
+        lines = chunk.data.split(b"\n")
+        if not lines[-1]:
+            lines.pop()  # what follows the last line end is no line
+        for number, line in enumerate(lines, chunk.first_line):
+            if not line.strip():
+                counts["blank_lines"] += 1
+                continue
+            counts["read"] += 1
+            try:
+                yield self._parser.parse(line)
+            except BadRecord as bad:
+                if self.settings.on_bad_record == "error":
+                    raise RecordError(
+                        f"{chunk.path}:{number} is not a record: {bad.detail}. Correct the line, "
+                        "or leave such lines out and have them counted: --on-bad-record skip."
+                    ) from None
+                counts[f"malformed/{bad.reason}"] += 1
+
+    def _nonempty(self, records: Iterable[Record], counts: Counter[str]) -> list[Record]:
+        """Drop, as a pair, every record with a half that is empty or only white space."""
+        kept = []
+        for record in records:
+            if not self._is_text and not record.inputs.strip():
+                counts["empty_inputs"] += 1
+            elif not record.targets.strip():
+                counts["empty_text" if self._is_text else "empty_targets"] += 1
+            else:
+                kept.append(record)
+        return kept
+
+    def _tokenize(self, records: Sequence[Record], counts: Counter[str]) -> _Kept:
+        """Encode both halves, end the target with EOS; drop, as a pair, what has come out empty."""
+        encode, eos_id = self.tokenizer.encode_batch, self.tokenizer.eos_id
+        all_targets = encode([self._prefix + record.targets for record in records])
+        all_inputs = [[]] * len(records) if self._is_text else encode([record.inputs for record in records])
+        kept = _Kept()
+        for record, inputs, targets in zip(records, all_inputs, all_targets, strict=True):
+            if not self._is_text and not inputs:
+                counts["empty_inputs"] += 1
+            elif targets in self._nothing:
+                counts["empty_text" if self._is_text else "empty_targets"] += 1
+            else:
+                targets.append(eos_id)
+                kept.inputs.append(inputs)
+                kept.targets.append(targets)
+                kept.records.append(record)
+        return kept
+
+
+def encode_chunks(
+    chunks: Iterable[LineChunk], *, tokenizer: Tokenizer, settings: EncodeSettings, workers: int
+) -> Generator[EncodedChunk, None, None]:
+    """Encode chunks in order; with 1 worker in this process, else in `workers` processes of their own.
+
+    Close the generator (`contextlib.closing`) so that an error of the caller ends the workers too.
+
+    Raises:  RecordError: as `ChunkEncoder.encode`. RankFailedError: a worker process was killed.
+    """
+    if workers == 1:
+        encoder = ChunkEncoder(tokenizer, settings)
+        for chunk in chunks:
+            with _one_thread():
+                encoded = encoder.encode(chunk)
+            yield encoded
+        return
+    # spawn: a forked child would inherit the locks of tokenizer threads and of the progress bar.
+    executor = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
+    pending: deque[Future[EncodedChunk]] = deque()
+    try:
+        for chunk in chunks:
+            pending.append(executor.submit(_encode_in_worker, settings, chunk))
+            if len(pending) >= CHUNKS_PER_WORKER * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise RankFailedError(
+            f"one of {workers} worker processes was killed, most likely for want of memory; nothing was written. "
+            "Run again with fewer workers."
+        ) from error
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+@lru_cache(maxsize=1)
+def _worker_encoder(settings: EncodeSettings) -> ChunkEncoder:
+    return ChunkEncoder(Tokenizer.load(settings.tokenizer_directory), settings)
+
+
+def _encode_in_worker(settings: EncodeSettings, chunk: LineChunk) -> EncodedChunk:
+    return _worker_encoder(settings).encode(chunk)
+
+
+def _start_worker() -> None:
+    """Prepare a worker: one thread, Ctrl-C left to the parent, and an end when the parent is killed."""
+    os.environ[PARALLELISM_VARIABLE] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep `tokenizers` to one thread: `--workers 1` means one, and a later fork finds no threads of it."""
+    before = os.environ.get(PARALLELISM_VARIABLE)
+    os.environ[PARALLELISM_VARIABLE] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PARALLELISM_VARIABLE]
+        else:
+            os.environ[PARALLELISM_VARIABLE] = before
+
+
+def _flatten(sequences: Sequence[list[int]], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
+    return np.fromiter(chain.from_iterable(sequences), dtype, int(lengths.sum())), lengths
+
+
+def _index(values: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Return the distinct values in the order of appearance, and the index of each value among them."""
+    code_of: dict[str, int] = {}
+    codes = np.fromiter((code_of.setdefault(value, len(code_of)) for value in values), np.uint32, len(values))
+    return list(code_of), codes

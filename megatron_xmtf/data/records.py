@@ -1,0 +1,213 @@
+"""Read records out of JSON Lines: cut files into chunks of whole lines, turn a line into strings.
+
+A record format names the fields that are read; it is chosen, never guessed:
+
+    format             fields (others are ignored)    inputs                                      targets
+    records            inputs, targets                inputs                                      targets
+    prompt_completion  prompt, completion             prompt                                      completion
+    instruction        instruction, input?, output    instruction, blank line, input              output
+    messages           messages [{role, content}]     contents of all but the last, blank lines   content of the last
+                                                      between them                                (an assistant's)
+
+and of every format: dataset, language, template, task (optional strings). Kind "text" reads the field text.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+from megatron_xmtf.data.dataset_manifest import COLUMNS, Kind
+from megatron_xmtf.errors import ConfigError, RecordError, nearest_names
+from megatron_xmtf.files import require_file
+
+__all__ = ["FIELDS", "BadRecord", "LineChunk", "Record", "RecordFormat", "RecordParser", "read_chunks"]
+
+RecordFormat = Literal["records", "prompt_completion", "instruction", "messages"]
+FIELDS: dict[RecordFormat, tuple[str, ...]] = {
+    "records": ("inputs", "targets"),
+    "prompt_completion": ("prompt", "completion"),
+    "instruction": ("instruction", "input", "output"),
+    "messages": ("messages",),
+}
+"""Fields that each record format reads, for kind "pairs"."""
+CHUNK_BYTES = 1 << 20
+"""Bytes of lines handed to a worker at a time; some thousand records."""
+LINE_LIMIT_BYTES = 1 << 26
+"""Longest line that is read, 64 MiB: a file without line ends must not fill the memory."""
+UTF8_MARK = b"\xef\xbb\xbf"
+
+
+class BadRecord(Exception):
+    """A line that is no record; `reason` is a word for counting, `detail` a phrase without the line's content."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class LineChunk:
+    """Some whole lines of a file."""
+
+    path: str
+    first_line: int
+    """Number of the first of them in the file, counting from 1."""
+    data: bytes
+    position: int
+    """Bytes read so far, as they lie on the disk (compressed for .gz), earlier files included."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """The strings of one record; for kind "text" the text is `targets` and `inputs` is empty."""
+
+    inputs: str
+    targets: str
+    columns: tuple[str, ...]
+    """Values of dataset, language, template and task; "" where the record does not say."""
+
+
+def read_chunks(path: Path, *, chunk_bytes: int = CHUNK_BYTES, offset: int = 0) -> Iterator[LineChunk]:
+    """Cut a .jsonl or .jsonl.gz file into chunks of whole lines; a byte order mark at its start is dropped.
+
+    Args:    chunk_bytes: bytes read at a time. offset: bytes of earlier files, to be counted in `position`.
+    Raises:  MissingError: no such file. RecordError: a line over 64 MiB, or a damaged .gz.
+    """
+    require_file(path)
+    with open(path, "rb") as raw:
+        stream: IO[bytes] = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
+        line, rest = 1, b""
+        while True:
+            try:
+                block = stream.read(chunk_bytes)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise RecordError(f"{path} is a damaged or truncated gzip file ({error}); copy it again.") from error
+            if line == 1 and not rest:
+                block = block.removeprefix(UTF8_MARK)
+            end = block.rfind(b"\n") + 1
+            data, rest = (rest + block[:end], block[end:]) if end else (b"", rest + block)
+            if not block:
+                data, rest = rest, b""
+            if data:
+                yield LineChunk(str(path), line, data, offset + raw.tell())
+                line += data.count(b"\n")
+            if not block:
+                return
+            if len(rest) > LINE_LIMIT_BYTES:
+                limit = LINE_LIMIT_BYTES >> 20
+                raise RecordError(f"{path}:{line} is longer than {limit} MiB; give one JSON object a line.")
+
+
+class RecordParser:
+    """Turn lines into records of one kind and format."""
+
+    def __init__(self, *, kind: Kind, record_format: RecordFormat, field_map: Mapping[str, str]) -> None:
+        """Args: field_map: field of the format, or column -> its name in the files.
+
+        Raises:  ConfigError: a field that the format does not read, or a format that has no text.
+        """
+        if kind == "text" and record_format != "records":
+            raise ConfigError(f"kind text reads the field text; format {record_format} is for pairs only.")
+        fields = ("text",) if kind == "text" else FIELDS[record_format]
+        unknown = [name for name in field_map if name not in (*fields, *COLUMNS)]
+        if unknown:
+            raise ConfigError(
+                f"field map names {unknown[0]!r}, which {kind} of format {record_format} does not read; "
+                + nearest_names(unknown[0], [*fields, *COLUMNS])
+            )
+        self._names = {name: field_map.get(name, name) for name in (*fields, *COLUMNS)}
+        readers: dict[RecordFormat, Callable[[dict[str, Any]], tuple[str, str]]] = {
+            "records": lambda row: (self._text(row, "inputs"), self._text(row, "targets")),
+            "prompt_completion": lambda row: (self._text(row, "prompt"), self._text(row, "completion")),
+            "instruction": self._read_instruction,
+            "messages": self._read_messages,
+        }
+        self._read = (lambda row: ("", self._text(row, "text"))) if kind == "text" else readers[record_format]
+
+    def parse(self, line: bytes) -> Record:
+        """Read one line.
+
+        Raises:  BadRecord: not UTF-8, not JSON, not an object, a key twice, a field missing or no string, or a
+                 string that is not Unicode text.
+        """
+        row = _read_object(line)
+        inputs, targets = self._read(row)
+        record = Record(inputs, targets, tuple(self._optional(row, name) for name in COLUMNS))
+        if b"\\u" in line:  # only an escape can smuggle a surrogate past the UTF-8 decoder
+            for text in (inputs, targets, *record.columns):
+                try:
+                    text.encode("utf-8")
+                except UnicodeEncodeError:
+                    raise BadRecord("lone_surrogate", "a string holds half of a surrogate pair (\\ud800 ...)") from None
+        return record
+
+    def _text(self, row: dict[str, Any], name: str) -> str:
+        field = self._names[name]
+        if field not in row:
+            has = ", ".join(key[:32] for key in list(row)[:8]) or "none"
+            raise BadRecord("missing_field", f"there is no field {field!r}; its fields are: {has}")
+        value = row[field]
+        if not isinstance(value, str):
+            raise BadRecord("not_a_string", f"field {field!r} is {_json_type(value)}, not a string")
+        return value
+
+    def _optional(self, row: dict[str, Any], name: str) -> str:
+        return "" if row.get(self._names[name]) is None else self._text(row, name)
+
+    def _read_instruction(self, row: dict[str, Any]) -> tuple[str, str]:
+        parts = [self._text(row, "instruction"), self._optional(row, "input")]
+        return "\n\n".join(part for part in parts if part.strip()), self._text(row, "output")
+
+    def _read_messages(self, row: dict[str, Any]) -> tuple[str, str]:
+        field = self._names["messages"]
+        if field not in row:
+            self._text(row, "messages")  # raises: names the fields that there are
+        messages = row[field]
+        if not isinstance(messages, list) or len(messages) < 2:
+            raise BadRecord("bad_messages", f"field {field!r} is not a list of two messages or more")
+        contents = []
+        for number, message in enumerate(messages, 1):
+            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+                raise BadRecord("bad_messages", f"message {number} has no role and content that are strings")
+            contents.append(message["content"])
+        if messages[-1]["role"] != "assistant":
+            raise BadRecord("bad_messages", "the last message is not the assistant's, so there is no target")
+        return "\n\n".join(contents[:-1]), contents[-1]
+
+
+def _read_object(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise BadRecord("invalid_utf8", f"byte {error.start + 1} is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise BadRecord("invalid_json", f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise BadRecord("invalid_json", "nested too deeply") from None
+    except ValueError:  # a number of more than 4300 digits
+        raise BadRecord("invalid_json", "a number is too long") from None
+    if not isinstance(row, dict):
+        raise BadRecord("not_an_object", f"it is {_json_type(row)}, not an object")
+    return row
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        raise BadRecord("duplicate_key", "a key appears twice; which value is meant?")
+    return row
+
+
+def _refuse_constant(name: str) -> Any:
+    raise BadRecord("invalid_json", f"{name} is not JSON")
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
