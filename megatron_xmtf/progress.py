@@ -85,6 +85,15 @@ class Progress:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, note=text)
 
+    def line(self, text: str) -> None:
+        """Print a line of its own on standard output, above the bar where there is one."""
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, flush=True)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

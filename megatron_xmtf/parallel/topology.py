@@ -17,7 +17,14 @@ from megatron_xmtf.config.schema import ParallelConfig
 from megatron_xmtf.errors import ConfigError
 from megatron_xmtf.parallel.cpu_device import enter_cpu_device
 
-__all__ = ["Topology", "destroy_parallel", "initialize_parallel", "world_size_from_environment"]
+__all__ = [
+    "Topology",
+    "check_world_size",
+    "destroy_parallel",
+    "initialize_parallel",
+    "rendezvous_store",
+    "world_size_from_environment",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -65,26 +72,37 @@ def check_world_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // (tp * pp)
 
 
-def initialize_parallel(parallel: ParallelConfig, *, seed: int) -> Topology:
+def initialize_parallel(
+    parallel: ParallelConfig, *, seed: int, store: torch.distributed.Store | None = None
+) -> Topology:
     """Start the process group (if it is not running) and Megatron-Core's groups and RNG states.
 
     Rank and world size come from the environment as torchrun and `parallel.launch` set them.
 
     Args:    parallel: sizes. seed: of the model-parallel RNG; dropout differs between tensor-parallel ranks.
+             store: where the ranks meet; None takes `rendezvous_store()`.
     Raises:  ConfigError: the world size is not a multiple of tp x pp.
     """
     check_world_size(parallel, world_size_from_environment())
     device = _choose_device()
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     if not torch.distributed.is_initialized():
-        _start_process_group(device, timeout)
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store or rendezvous_store(),
+            rank=int(os.environ.get("RANK", "0")),
+            world_size=world_size_from_environment(),
+            timeout=timeout,
+        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    # Pipeline stages draw different dropout masks too; tensor-parallel ranks differ inside Megatron-Core.
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    model_parallel_cuda_manual_seed(seed + 100 * stage, force_reset_rng=True)
     topology = Topology(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
@@ -98,6 +116,21 @@ def initialize_parallel(parallel: ParallelConfig, *, seed: int) -> Topology:
     )
     logger.info("%s", topology)
     return topology
+
+
+def rendezvous_store() -> torch.distributed.Store:
+    """Return the key-value store where the ranks of this job meet.
+
+    Local ranks of `parallel.launch` meet in a file, ranks of torchrun or srun at MASTER_ADDR; a process started by
+    hand meets nobody, and takes no port that could be another's.
+    """
+    store_file = os.environ.get("XMTF_RENDEZVOUS_FILE")
+    if store_file is not None:
+        return torch.distributed.FileStore(store_file, world_size_from_environment())
+    if "MASTER_ADDR" not in os.environ:
+        return torch.distributed.HashStore()
+    store, _, _ = next(torch.distributed.rendezvous("env://"))
+    return store
 
 
 def destroy_parallel() -> None:
@@ -121,23 +154,3 @@ def _choose_device() -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def _start_process_group(device: torch.device, timeout: timedelta) -> None:
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    store_file = os.environ.get("XMTF_RENDEZVOUS_FILE")
-    if store_file is None and "MASTER_ADDR" not in os.environ:
-        # One process started by hand: nobody to meet, and no port to be taken by someone else.
-        store: torch.distributed.Store = torch.distributed.HashStore()
-    elif store_file is not None:
-        store = torch.distributed.FileStore(store_file, world_size_from_environment())
-    else:
-        torch.distributed.init_process_group(backend, timeout=timeout)
-        return
-    torch.distributed.init_process_group(
-        backend,
-        store=store,
-        rank=int(os.environ.get("RANK", "0")),
-        world_size=world_size_from_environment(),
-        timeout=timeout,
-    )

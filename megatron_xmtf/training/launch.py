@@ -1,0 +1,91 @@
+"""Start a run: prepare once, then train in local ranks of our own or as one rank of a launcher's job."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+from megatron_xmtf.config.schema import RunConfig
+from megatron_xmtf.errors import ExitCode, RankFailedError, XmtfError
+from megatron_xmtf.files import write_json
+from megatron_xmtf.parallel.launch import joined_by_launcher, run_ranks
+from megatron_xmtf.parallel.topology import rendezvous_store, world_size_from_environment
+from megatron_xmtf.training.prepare import prepare_run
+from megatron_xmtf.training.trainer import TrainingResult, train_rank
+
+__all__ = ["train"]
+
+PREPARED = "xmtf/prepared"
+PREPARE_HOURS = 12
+"""How long the other ranks wait for rank 0 to check the inputs and build the packing index."""
+
+
+def train(
+    config: RunConfig, *, nproc: int = 1, allowed_changes: Sequence[str] = (), dry_run: bool = False
+) -> TrainingResult | None:
+    """Train, and leave the outcome in `OUT/status.json` as well.
+
+    Args:    nproc: local ranks to start, when no launcher (torchrun, srun) has started this process as one already.
+             allowed_changes: keys that may differ from the resumed checkpoint's. dry_run: prepare, then stop.
+    Returns: rank 0's result; None for a dry run and on the other ranks of a launcher's job.
+    Raises:  what `prepare_run` and `train_rank` raise.
+    """
+    joined = joined_by_launcher()
+    is_first = not joined or os.environ["RANK"] == "0"
+    try:
+        result = (
+            _train_joined(config, allowed_changes, dry_run)
+            if joined
+            else _train_local(config, nproc, allowed_changes, dry_run)
+        )
+    except XmtfError as error:
+        if is_first:
+            _write_status(config, error.exit_code, f"{type(error).__name__}: {error}")
+        raise
+    if is_first and result is not None:
+        _write_status(config, ExitCode.DONE, f"step {result['last_step']} of {config.train_steps} done")
+    return result if is_first else None
+
+
+def _train_local(config: RunConfig, nproc: int, allowed_changes: Sequence[str], dry_run: bool) -> TrainingResult | None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    prepared = prepare_run(config, world_size=nproc, allowed_changes=allowed_changes)
+    if dry_run:
+        logging.getLogger(__name__).info("everything is in place for %d steps; not trained", config.train_steps)
+        return None
+    results: list[TrainingResult] = run_ranks(train_rank, world_size=nproc, arguments=(prepared,))
+    return results[0]
+
+
+def _train_joined(config: RunConfig, allowed_changes: Sequence[str], dry_run: bool) -> TrainingResult | None:
+    """Be one rank of a launcher's job: rank 0 prepares while the others wait for its word in the store.
+
+    They wait outside any collective, so that a long index build runs into no collective's timeout.
+    """
+    rank, world_size = int(os.environ["RANK"]), world_size_from_environment()
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format=f"[rank {rank}] %(message)s")
+    store = rendezvous_store()
+    if rank == 0:
+        try:
+            prepared = prepare_run(config, world_size=world_size, allowed_changes=allowed_changes)
+        except XmtfError as error:
+            store.set(PREPARED, json.dumps([int(error.exit_code), f"{type(error).__name__}: {error}"]))
+            raise
+        store.set(PREPARED, json.dumps([0, ""]))
+    else:
+        store.wait([PREPARED], timedelta(hours=PREPARE_HOURS))
+        code, message = json.loads(store.get(PREPARED))
+        if code:
+            raise RankFailedError(f"rank 0 could not prepare the run: {message}", ExitCode(code))
+        prepared = prepare_run(config, world_size=world_size, allowed_changes=allowed_changes)
+    return None if dry_run else train_rank(prepared, store)
+
+
+def _write_status(config: RunConfig, code: ExitCode, message: str) -> None:
+    """Write `OUT/status.json`; launchers often collapse the exit codes of their workers."""
+    if Path(config.output).is_dir():
+        write_json(Path(config.output) / "status.json", {"exit_code": int(code), "name": code.name, "message": message})

@@ -1,0 +1,185 @@
+"""Everything that is checked or built before a GPU is busy: model, data, packing index, resume point.
+
+`prepare_run` runs once, in one process, before the ranks start (or on rank 0 alone, before any collective), so that
+no rank waits in a collective while an index is built, and a mistake costs seconds, not a queue's hours.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_xmtf.checkpoint.directory import find_checkpoint, list_checkpoints, step_directory
+from megatron_xmtf.checkpoint.manifest import MANIFEST_NAME, open_manifest
+from megatron_xmtf.config.load import write_config
+from megatron_xmtf.config.schema import DatasetConfig, RunConfig
+from megatron_xmtf.conversion.huggingface import import_huggingface
+from megatron_xmtf.data.example_dataset import ExampleDataset
+from megatron_xmtf.data.packing import build_packing_index, index_directory, open_packing_index, pack_dataset
+from megatron_xmtf.data.packing_index import PackingIndex
+from megatron_xmtf.data.rows import PackedRows
+from megatron_xmtf.data.tokenizer import Tokenizer
+from megatron_xmtf.errors import CheckpointError, ConfigError, MissingError
+from megatron_xmtf.files import require_directory
+from megatron_xmtf.models.architecture import BloomArchitecture, architecture_from_mapping
+from megatron_xmtf.parallel.topology import check_world_size
+from megatron_xmtf.training.resume import check_same_run
+
+__all__ = ["PreparedRun", "StartPoint", "open_training_rows", "open_validation_rows", "prepare_run"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """Where a run starts: fresh weights of `checkpoint`, or all of its state when `resumed`."""
+
+    checkpoint: Path
+    resumed: bool
+    step: int
+    """Steps already done."""
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What every rank is given; small and picklable."""
+
+    config: RunConfig
+    architecture: BloomArchitecture
+    start: StartPoint
+    hf_files: Path
+    """Directory with config.json and tokenizer files, carried into every checkpoint."""
+
+
+def prepare_run(config: RunConfig, *, world_size: int, allowed_changes: Sequence[str] = ()) -> PreparedRun:
+    """Check a run, import its model if that is a Hugging Face directory, and build its packing index.
+
+    Args:    world_size: ranks that will train. allowed_changes: keys that may differ from the resumed checkpoint's.
+    Raises:  ConfigError: sizes that do not fit. MissingError, DatasetError, TokenizerError, CheckpointError: inputs
+             that are absent or do not belong together. ConfigMismatchError: a resumed run that was changed.
+    """
+    data_parallel_size = check_world_size(config.parallel, world_size)
+    _check_global_batch(config, data_parallel_size)
+    start = _start_point(config, allowed_changes)
+    architecture = architecture_from_mapping(open_manifest(start.checkpoint).architecture)
+    architecture.check_split(config.parallel)
+    hf_files = start.checkpoint / "hf"
+    tokenizer = Tokenizer.load(hf_files)
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer of {start.checkpoint} has {tokenizer.vocab_size} words, the model's embedding "
+            f"{architecture.vocab_size} rows: they do not belong together."
+        )
+    datasets = _open_datasets(config.data.train, tokenizer)
+    _open_datasets(config.data.validation, tokenizer)
+    _index(config, datasets, build=config.data.build_index)
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    write_config(config, output / "config.yaml")
+    return PreparedRun(config=config, architecture=architecture, start=start, hf_files=hf_files)
+
+
+def open_training_rows(prepared: PreparedRun) -> PackedRows:
+    """Open the training rows; the index exists since `prepare_run`."""
+    tokenizer = Tokenizer.load(prepared.hf_files)
+    datasets = _open_datasets(prepared.config.data.train, tokenizer)
+    return PackedRows(datasets, _index(prepared.config, datasets, build=False), pad_id=tokenizer.pad_id)
+
+
+def open_validation_rows(prepared: PreparedRun) -> dict[str, tuple[ExampleDataset, PackedRows]]:
+    """Open the first `evaluation.rows` rows of each validation dataset, by name."""
+    config = prepared.config
+    tokenizer = Tokenizer.load(prepared.hf_files)
+    opened = {}
+    for dataset in _open_datasets(config.data.validation, tokenizer):
+        index = pack_dataset(
+            dataset,
+            sequence_length=config.batch.sequence_length,
+            long_examples=config.data.long_examples,
+            rows=config.evaluation.rows,
+        )
+        opened[dataset.name] = (dataset, PackedRows([dataset], index, pad_id=tokenizer.pad_id))
+    return opened
+
+
+def _check_global_batch(config: RunConfig, data_parallel_size: int) -> None:
+    micro, total = config.batch.micro_batch_size, config.batch.global_batch_size
+    share = micro * data_parallel_size
+    if total % share:
+        below = total // share * share
+        nearest = f"{below} or {below + share}" if below else str(share)
+        raise ConfigError(
+            f"global_batch_size={total} is not a multiple of micro_batch_size x data_parallel_size = "
+            f"{micro} x {data_parallel_size}; use {nearest}."
+        )
+    chunks = config.parallel.virtual_pipeline_model_parallel_size
+    stages = config.parallel.pipeline_model_parallel_size
+    if chunks is not None and (total // share) % stages:
+        raise ConfigError(
+            f"{total // share} micro-batches a step are not a multiple of pipeline_model_parallel_size={stages}, which "
+            f"a virtual pipeline needs; use a global_batch_size that is a multiple of {share * stages}."
+        )
+
+
+def _start_point(config: RunConfig, allowed_changes: Sequence[str]) -> StartPoint:
+    """Find the checkpoint to resume, or the model to start from."""
+    checkpoints = Path(config.output) / "checkpoints"
+    existing = list_checkpoints(checkpoints) if checkpoints.is_dir() else []
+    resume = config.checkpoint.resume
+    if resume == "none" and existing:
+        raise ConfigError(
+            f"{checkpoints} holds {len(existing)} checkpoints and checkpoint.resume=none would start over; choose "
+            "another output, remove them, or resume with checkpoint.resume=latest."
+        )
+    if isinstance(resume, int):
+        chosen = step_directory(checkpoints, resume)
+        if not (chosen / MANIFEST_NAME).is_file():
+            steps = ", ".join(str(step) for step, _ in existing) or "none"
+            raise MissingError(
+                f"there is no finished checkpoint of step {resume} in {checkpoints}; there are: {steps}."
+            )
+        return _resumed(config, chosen, allowed_changes)
+    if resume == "latest" and existing:
+        return _resumed(config, find_checkpoint(checkpoints), allowed_changes)
+    return StartPoint(checkpoint=_initial_checkpoint(config), resumed=False, step=0)
+
+
+def _resumed(config: RunConfig, checkpoint: Path, allowed_changes: Sequence[str]) -> StartPoint:
+    manifest = open_manifest(checkpoint)
+    if "optimizer" not in manifest.contents or manifest.config is None:
+        raise CheckpointError(
+            f"{checkpoint} holds {', '.join(manifest.contents)} but no optimizer state: it cannot be resumed. "
+            "Start a new run from it with model=CHECKPOINT and another output."
+        )
+    check_same_run(config, manifest.config, allowed_changes=allowed_changes)
+    return StartPoint(checkpoint=checkpoint, resumed=True, step=manifest.step)
+
+
+def _initial_checkpoint(config: RunConfig) -> Path:
+    """Return the checkpoint of `model`, importing a Hugging Face directory once into OUT/imported."""
+    model = require_directory(config.model)
+    if (model / MANIFEST_NAME).is_file() or not (model / "config.json").is_file():
+        return find_checkpoint(model)
+    imported = Path(config.output) / "imported"
+    if not (imported / MANIFEST_NAME).is_file():
+        logger.info("importing %s", model)
+        import_huggingface(model, imported)
+    return imported
+
+
+def _open_datasets(entries: Sequence[DatasetConfig], tokenizer: Tokenizer) -> list[ExampleDataset]:
+    return [ExampleDataset.open(entry.prefix, name=entry.name, tokenizer=tokenizer) for entry in entries]
+
+
+def _index(config: RunConfig, datasets: Sequence[ExampleDataset], *, build: bool) -> PackingIndex:
+    function = build_packing_index if build else open_packing_index
+    return function(
+        datasets,
+        data=config.data,
+        sequence_length=config.batch.sequence_length,
+        rows_needed=config.train_steps * config.batch.global_batch_size,
+        seed=config.seed,
+        directory=index_directory(config),
+    )

@@ -1,0 +1,66 @@
+"""Refuse to resume a run whose configuration changed in a way that changes the training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_xmtf.config.schema import RunConfig
+from megatron_xmtf.errors import ConfigMismatchError
+
+__all__ = ["check_same_run"]
+
+FREE_KEYS = (
+    # These may change between two parts of a run; the curve goes on as if nothing had happened.
+    "output",
+    "model",
+    "parallel",
+    "checkpoint",
+    "evaluation",
+    "logging",
+    "kernels",
+    "recompute",
+    "batch.micro_batch_size",
+    "data.build_index",
+    "data.index_directory",
+    "data.validation",
+)
+
+
+def check_same_run(config: RunConfig, saved: Mapping[str, Any], *, allowed_changes: Sequence[str]) -> None:
+    """Compare a run's configuration with the one in the checkpoint it resumes.
+
+    Args:    saved: the resolved configuration kept in the manifest. allowed_changes: keys or sections let through.
+    Raises:  ConfigMismatchError: every differing key with both values, and how to allow it.
+    """
+    now, before = _flat(config.model_dump(mode="json")), _flat(saved)
+    free = list(FREE_KEYS) + list(allowed_changes)
+    if config.schedule.lr_decay_style == "constant":
+        # A constant rate does not know the end of the run: it may be made longer.
+        free += ["schedule.train_steps", "schedule.train_rows"]
+    differing = [
+        key
+        for key in sorted(now.keys() | before.keys())
+        if now.get(key) != before.get(key) and not any(key == name or key.startswith(name + ".") for name in free)
+    ]
+    if differing:
+        lines = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in differing)
+        raise ConfigMismatchError(
+            f"the configuration differs from the resumed checkpoint's: {lines}. Put it back, allow it with "
+            f"`--allow-change {differing[0]}`, or start a new run in another output."
+        )
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings and lists to dotted keys: {"a": {"b": [1]}} -> {"a.b.0": 1}."""
+    items: list[tuple[str, Any]]
+    if isinstance(values, Mapping):
+        items = [(str(key), value) for key, value in values.items()]
+    elif isinstance(values, list):
+        items = [(str(number), value) for number, value in enumerate(values)]
+    else:
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat.update(_flat(value, f"{prefix}.{key}" if prefix else key))
+    return flat

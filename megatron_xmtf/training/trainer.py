@@ -1,0 +1,336 @@
+"""The training loop: one process a rank, the same on a laptop's CPU and on a cluster of GPUs.
+
+for each step:  read micro-batches -> forward and backward through the pipeline -> update -> report
+now and then:   validation loss, checkpoint
+
+loss of the step = sum over the global batch of losses * loss_weights / sum of num_loss_units
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+import torch.distributed
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_xmtf.checkpoint.directory import step_directory
+from megatron_xmtf.checkpoint.retention import prune_checkpoints
+from megatron_xmtf.checkpoint.sharded import load_model_weights, load_training_state, save_checkpoint
+from megatron_xmtf.config.schema import RunConfig
+from megatron_xmtf.data.batch import Batch
+from megatron_xmtf.data.loader import BatchLoader, validation_batches
+from megatron_xmtf.errors import NonFiniteError
+from megatron_xmtf.models.forward import chunk_iterators, device_of, forward_chunk
+from megatron_xmtf.models.registry import build_model
+from megatron_xmtf.parallel.topology import Topology, destroy_parallel, initialize_parallel
+from megatron_xmtf.progress import Progress
+from megatron_xmtf.training.loss import global_batch_loss, micro_batch_loss
+from megatron_xmtf.training.metrics import (
+    MetricsFile,
+    StepCounts,
+    model_flops_per_token,
+    printed_line,
+    step_metrics,
+)
+from megatron_xmtf.training.optimizer import build_optimizer, set_learning_rate
+from megatron_xmtf.training.prepare import PreparedRun, open_training_rows, open_validation_rows
+from megatron_xmtf.training.schedule import learning_rate
+from megatron_xmtf.training.validation import validation_losses
+
+__all__ = ["Trainer", "TrainingResult", "train_rank"]
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingResult(TypedDict):
+    """What a run hands back to its caller; the rest is in the run directory."""
+
+    first_step: int
+    last_step: int
+    first_loss: float | None
+    last_loss: float | None
+    checkpoint: str | None
+    """The checkpoint of the last step; None if there was nothing left to do."""
+
+
+def train_rank(prepared: PreparedRun, store: torch.distributed.Store | None = None) -> TrainingResult:
+    """Train in this process as one rank of the job; the target of `parallel.launch.run_ranks`.
+
+    Args:    store: where the ranks of a launcher's job have met already; None: they meet now.
+    Raises:  NonFiniteError: loss or gradient norm is NaN or Inf; no checkpoint is written from then on.
+    """
+    topology = initialize_parallel(prepared.config.parallel, seed=prepared.config.seed, store=store)
+    try:
+        return Trainer(prepared, topology).run()
+    finally:
+        destroy_parallel()
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(self, prepared: PreparedRun, topology: Topology) -> None:
+        # what is trained, and where
+        self.prepared, self.topology = prepared, topology
+        self.config: RunConfig = prepared.config
+        self.step = prepared.start.step
+        # model and optimizer: weights are loaded before the optimizer copies them
+        self.chunks = _build_chunks(prepared)
+        if not prepared.start.resumed:
+            load_model_weights(self.chunks, prepared.start.checkpoint)
+        self.optimizer = build_optimizer(self.config, self.chunks)
+        self._connect_schedule()
+        if prepared.start.resumed:
+            load_training_state(self.chunks, self.optimizer, prepared.start.checkpoint)
+        # data
+        self.loader = BatchLoader(
+            open_training_rows(prepared),
+            micro_batch_size=self.config.batch.micro_batch_size,
+            global_batch_size=self.config.batch.global_batch_size,
+            data_parallel_rank=topology.dp_rank,
+            data_parallel_size=topology.dp_size,
+            normalization=self.config.loss.normalization,
+        )
+        self.validation = _validation_sets(prepared)
+        self.flops_per_token = model_flops_per_token(
+            prepared.architecture, sequence_length=self.config.batch.sequence_length
+        )
+
+    def run(self) -> TrainingResult:
+        """Train to the last step."""
+        config, first = self.config, self.step + 1
+        losses: list[float] = []
+        checkpoint: Path | None = None
+        is_printer = self.topology.rank == 0
+        metrics_file = (
+            MetricsFile(Path(config.output) / "metrics.jsonl", resumed_step=self.step) if is_printer else None
+        )
+        if is_printer:
+            _print_start(self.prepared, self.topology)
+        with Progress("train", total=config.train_steps - self.step, unit="steps", enabled=is_printer) as progress:
+            started = time.monotonic()
+            while self.step < config.train_steps:
+                metrics = self.train_step()
+                losses.append(metrics["loss"])
+                if self._due(config.evaluation.interval) and self.validation:
+                    metrics.update(self.validate())
+                if metrics_file is not None:
+                    metrics_file.append(metrics)
+                    remaining = (time.monotonic() - started) / len(losses) * (config.train_steps - self.step)
+                    progress.advance()
+                    progress.note(f"loss {metrics['loss']:.4f}")
+                    if self._due(config.logging.log_interval):
+                        progress.line(printed_line(metrics, train_steps=config.train_steps, eta_seconds=remaining))
+                if self._due(config.checkpoint.save_interval) or self.step == config.train_steps:
+                    checkpoint = self.save()
+        if metrics_file is not None:
+            metrics_file.close()
+        return TrainingResult(
+            first_step=first,
+            last_step=self.step,
+            first_loss=losses[0] if losses else None,
+            last_loss=losses[-1] if losses else None,
+            checkpoint=None if checkpoint is None else str(checkpoint),
+        )
+
+    def train_step(self) -> dict[str, Any]:
+        """Do one optimizer step and return its metrics, the same on every rank.
+
+        Raises:  NonFiniteError: on all ranks together.
+        """
+        started = time.monotonic()
+        batches = self.loader.micro_batches(self.step)
+        self.step += 1
+        rate = learning_rate(self.config, self.step)
+        set_learning_rate(self.optimizer, rate)
+        reports = self.forward_backward(batches)
+        updated, grad_norm, _ = self.optimizer.step()
+        loss, counts = self._summed(reports, batches)
+        norm = None if grad_norm is None else float(grad_norm)
+        if not math.isfinite(loss) or (updated and norm is not None and not math.isfinite(norm)):
+            raise NonFiniteError(
+                f"step {self.step}: loss {loss}, gradient norm {norm}. No checkpoint is written; the last one is "
+                "untouched. Lower optimizer.lr, or look at the rows of this step with `xmtf inspect`."
+            )
+        return step_metrics(
+            step=self.step,
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=rate,
+            counts=counts,
+            seconds=time.monotonic() - started,
+            flops_per_token=self.flops_per_token,
+            sequence_length=self.config.batch.sequence_length,
+            world_size=self.topology.world_size,
+        )
+
+    def forward_backward(self, batches: list[Batch]) -> list[Tensor]:
+        """Fill every `main_grad` with the gradient of the global batch's loss.
+
+        Returns: on the last pipeline stage the report of each micro-batch (see `micro_batch_loss`), else nothing.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return list(
+            get_forward_backward_func()(
+                forward_step_func=_forward_step,
+                data_iterator=chunk_iterators(batches, self.chunks) if len(self.chunks) > 1 else iter(batches),
+                model=self.chunks,
+                num_microbatches=len(batches),
+                seq_length=self.config.batch.sequence_length,
+                micro_batch_size=self.config.batch.micro_batch_size,
+                forward_only=False,
+            )
+        )
+
+    def validate(self) -> dict[str, float]:
+        """Measure the validation losses."""
+        with _parameters_gathered(self.chunks, self.config):
+            return validation_losses(self.chunks, self.validation)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the current step and remove those that no rule keeps."""
+        checkpoints = Path(self.config.output) / "checkpoints"
+        path = step_directory(checkpoints, self.step)
+        with _parameters_gathered(self.chunks, self.config):
+            save_checkpoint(
+                path,
+                chunks=self.chunks,
+                optimizer=self.optimizer if self.config.checkpoint.save_optimizer else None,
+                step=self.step,
+                config=self.config,
+                consumed_rows=self.step * self.config.batch.global_batch_size,
+                hf_files=self.prepared.hf_files,
+            )
+        if self.topology.rank == 0:
+            keep = self.config.checkpoint
+            prune_checkpoints(checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every)
+        return path
+
+    def _due(self, interval: int | None) -> bool:
+        return interval is not None and self.step % interval == 0
+
+    def _connect_schedule(self) -> None:
+        """Give Megatron-Core's schedules the functions of optimizer and gradient buffers that they call."""
+        model_config = get_model_config(self.chunks[0])
+        model_config.grad_scale_func = self.optimizer.scale_loss
+        if self.config.parallel.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            model_config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
+
+    def _summed(self, reports: list[Tensor], batches: list[Batch]) -> tuple[float, StepCounts]:
+        """Add loss and counts up over data-parallel ranks and hand them from the last stage to all."""
+        counts = StepCounts.of(batches)
+        numbers = torch.tensor(
+            [0.0, 0.0, counts.rows, counts.examples, counts.tokens, counts.target_tokens],
+            dtype=torch.float64,
+            device=device_of(self.chunks),
+        )
+        if reports:
+            numbers[:2] = global_batch_loss(reports)
+        torch.distributed.all_reduce(numbers, group=parallel_state.get_data_parallel_group())
+        if self.topology.pp_size > 1:
+            torch.distributed.broadcast(
+                numbers,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        weighted, units, *totals = numbers.tolist()
+        rows, examples, tokens, target_tokens = map(int, totals)
+        return weighted / max(units, 1.0), StepCounts(
+            rows=rows, examples=examples, tokens=tokens, target_tokens=target_tokens
+        )
+
+
+def _forward_step(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+    losses, batch = forward_chunk(batches, chunk)
+    return losses, partial(micro_batch_loss, batch)
+
+
+def _build_chunks(prepared: PreparedRun) -> list[Any]:
+    """Build this rank's chunks and wrap each in Megatron-Core's DistributedDataParallel."""
+    config = prepared.config
+    chunks = build_model(
+        prepared.architecture,
+        parallel=config.parallel,
+        precision=config.precision,
+        recompute=config.recompute,
+        kernels=config.kernels,
+    )
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+    )
+    return [
+        DistributedDataParallel(
+            config=get_model_config(chunk),
+            ddp_config=ddp,
+            module=chunk,
+            # Later chunks have nothing to overlap their reduction with.
+            disable_bucketing=number > 0,
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+
+
+class _parameters_gathered:
+    """Gather all parameters before they are read outside the training step.
+
+    With overlap_param_gather each layer's parameters are gathered when the next forward pass comes to it; a
+    checkpoint written before that would hold the weights of the step before, without an error.
+    """
+
+    def __init__(self, chunks: list[Any], config: RunConfig) -> None:
+        self.chunks = chunks if config.parallel.overlap_param_gather else []
+
+    def __enter__(self) -> None:
+        for chunk in self.chunks:
+            chunk.disable_forward_pre_hook(param_sync=True)
+
+    def __exit__(self, *unused: Any) -> None:
+        for chunk in self.chunks:
+            chunk.enable_forward_pre_hook()
+
+
+def _validation_sets(prepared: PreparedRun) -> dict[str, Any]:
+    """Return name -> (dataset, all batches); `run_forward` deals them to the data-parallel ranks."""
+    config = prepared.config
+    if config.evaluation.interval is None:
+        return {}
+    return {
+        name: (
+            dataset,
+            validation_batches(
+                rows,
+                num_rows=config.evaluation.rows,
+                micro_batch_size=config.batch.micro_batch_size,
+                data_parallel_rank=0,
+                data_parallel_size=1,
+                normalization="target_sequence",
+            ),
+        )
+        for name, (dataset, rows) in open_validation_rows(prepared).items()
+    }
+
+
+def _print_start(prepared: PreparedRun, topology: Topology) -> None:
+    start, config = prepared.start, prepared.config
+    verb = f"resumed at step {start.step} from" if start.resumed else "starts from"
+    logger.info(
+        "training to step %d on %s in %s, %s %s", config.train_steps, topology, config.precision, verb, start.checkpoint
+    )
