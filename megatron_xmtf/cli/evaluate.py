@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     tasks = load_tasks(task_files)
     if arguments.hf:
         model = EvaluatedModel(model=str(arguments.hf), step=None, config_hash=None)
-        results = evaluate_huggingface(arguments.hf, tasks)
+        results = evaluate_huggingface(arguments.hf, tasks, own_process=False)
     else:
         model = describe_checkpoint(checkpoint)
         results = evaluate_checkpoint(

@@ -35,7 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--max-new-tokens {arguments.max_new_tokens}: at least one is needed.")
     parallel, world_size = parallel_from_arguments(arguments)
     if arguments.hf:
-        texts = generate_huggingface(arguments.hf, arguments.prompt, max_new_tokens=arguments.max_new_tokens)
+        texts = generate_huggingface(
+            arguments.hf, arguments.prompt, max_new_tokens=arguments.max_new_tokens, own_process=False
+        )
     else:
         texts = generate_checkpoint(
             arguments.checkpoint,

@@ -1,7 +1,7 @@
 """Evaluate, or continue prompts with, a checkpoint on local ranks or a Hugging Face directory.
 
-The model always runs in processes of its own (`parallel.launch`), so that the caller can start more of them later;
-under torchrun or srun this process is a rank already, and every rank returns the same.
+A model runs in processes of its own (`parallel.launch`), so that the caller can start more of them later: torch's
+threads do not survive a fork. Under torchrun or srun this process is a rank already, and every rank returns the same.
 """
 
 from __future__ import annotations
@@ -51,12 +51,14 @@ def evaluate_checkpoint(
     return _in_ranks(_on_checkpoint, world_size, (path, parallel, precision, _evaluate, (list(tasks),)))
 
 
-def evaluate_huggingface(directory: Path | str, tasks: Sequence[Task]) -> list[TaskResult]:
-    """Evaluate a model in a Hugging Face directory with transformers, in one process of its own.
+def evaluate_huggingface(directory: Path | str, tasks: Sequence[Task], *, own_process: bool = True) -> list[TaskResult]:
+    """Evaluate a model in a Hugging Face directory with transformers.
 
+    Args:    own_process: False saves the start of another process where the caller starts none afterwards.
     Raises:  MissingError, CheckpointError (transformers cannot read it), TokenizerError, RecordError.
     """
-    return _in_ranks(_on_huggingface, 1, (_whole_directory(directory), _evaluate, (list(tasks),)))
+    arguments = (_whole_directory(directory), _evaluate, (list(tasks),))
+    return _in_ranks(_on_huggingface, 1, arguments) if own_process else _on_huggingface(*arguments)
 
 
 def generate_checkpoint(
@@ -75,9 +77,12 @@ def generate_checkpoint(
     )
 
 
-def generate_huggingface(directory: Path | str, prompts: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
+def generate_huggingface(
+    directory: Path | str, prompts: Sequence[str], *, max_new_tokens: int = 64, own_process: bool = True
+) -> list[str]:
     """Continue prompts greedily with a Hugging Face directory (as `evaluate_huggingface`)."""
-    return _in_ranks(_on_huggingface, 1, (_whole_directory(directory), _generate, (list(prompts), max_new_tokens)))
+    arguments = (_whole_directory(directory), _generate, (list(prompts), max_new_tokens))
+    return _in_ranks(_on_huggingface, 1, arguments) if own_process else _on_huggingface(*arguments)
 
 
 def describe_checkpoint(checkpoint: Path | str) -> EvaluatedModel:

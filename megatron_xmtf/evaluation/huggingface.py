@@ -42,7 +42,9 @@ class HuggingFaceBackend:
                  weights are missing, or it is an encoder-decoder model.
         """
         from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         directory = require_directory(directory)
         require_file(directory / "config.json")
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_xmtf.data.records import read_chunks
 from megatron_xmtf.errors import RecordError
 from megatron_xmtf.evaluation.task_file import TaskSettings
-from megatron_xmtf.files import require_file
 from megatron_xmtf.prompts import load_templates, read_rows, render_rows, select_templates, source_from_mapping
 
 __all__ = ["EvaluationExample", "read_examples"]
@@ -65,7 +65,7 @@ def read_examples(settings: TaskSettings, *, directory: Path) -> list[Evaluation
 def _records(settings: TaskSettings, directory: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield (`file:line`, record), read as they are or rendered from a source."""
     if settings.records is not None:
-        yield from _read_jsonl(require_file(directory / settings.records))
+        yield from _read_jsonl(directory / settings.records)
         return
     assert settings.source is not None and settings.templates is not None, "the schema requires them"
     source = source_from_mapping(settings.source, directory=directory, where=f"task {settings.name!r}: source")
@@ -77,13 +77,13 @@ def _records(settings: TaskSettings, directory: Path) -> Iterator[tuple[str, Map
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with open(path, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
+    for chunk in read_chunks(path):
+        for number, line in enumerate(chunk.data.split(b"\n"), start=chunk.first_line):
             where = f"{path}:{number}"
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8-sig"))
+                record = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise RecordError(f"{where} is not UTF-8: byte {error.start} of the line cannot be decoded.") from error
             except json.JSONDecodeError as error:
@@ -101,12 +101,13 @@ def _example(settings: TaskSettings, record: Mapping[str, Any], where: str) -> E
     choices: tuple[str, ...] = ()
     if settings.metric == "accuracy":
         choices = _choices(settings, record, where)
-        target = target.strip()
-        if target not in choices:
+        stripped = [choice.strip() for choice in choices]
+        if target.strip() not in stripped:
             raise RecordError(
                 f"{where}: the target {target!r} is not among its choices {list(choices)}; accuracy ranks the choices, "
                 "and the right answer must be one of them (mend the record, or use metric exact_match)."
             )
+        target = choices[stripped.index(target.strip())]
     language = settings.language or _name(record, "language", where)
     if not language:
         raise RecordError(f"{where} has no `language`, and task {settings.name!r} names none; give one of them.")
@@ -123,7 +124,7 @@ def _example(settings: TaskSettings, record: Mapping[str, Any], where: str) -> E
 
 
 def _choices(settings: TaskSettings, record: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """Return the choices without surrounding white space, as the target prefix joins them to the inputs."""
+    """Return the choices as they stand, checked: at least two different ones, none empty."""
     choices = settings.choices if settings.choices is not None else record.get("choices")
     if choices is None:
         raise RecordError(
@@ -131,10 +132,9 @@ def _choices(settings: TaskSettings, record: Mapping[str, Any], where: str) -> t
         )
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
         raise RecordError(f"{where}: choices={choices!r}; they must be a list of texts that are not empty.")
-    stripped = tuple(choice.strip() for choice in choices)
-    if len(set(stripped)) < 2:
+    if len({choice.strip() for choice in choices}) < 2:
         raise RecordError(f"{where}: choices={choices!r}; there must be at least two different ones.")
-    return stripped
+    return tuple(choices)
 
 
 def _text(record: Mapping[str, Any], key: str, where: str) -> str:

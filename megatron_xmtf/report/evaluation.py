@@ -46,13 +46,13 @@ def language_task_section(
     """Draw the parts of a section: languages x tasks, then each task's mean over languages."""
     changes = changes_by_language_and_task(after, before)
     tasks = list(dict.fromkeys(task for _, task in changes))
-    words = "before → after" if before else "one measurement"
+    words = ", before → after" if before else ""
     marked = " ● marks the languages that were trained on." if emphasised else ""
     heatmap = language_task_heatmap(changes, tasks=tasks, language_labels=language_labels, emphasised=emphasised)
     parts = [
         Page.figure(
             heatmap,
-            f"Percent right, {words}; colour is the distance from chance: white is chance, full blue is 100 %."
+            f"Percent right{words}; colour is the distance from chance: white is chance, full blue is 100 %."
             f"{marked} Median over templates.",
         )
     ]

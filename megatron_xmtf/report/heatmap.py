@@ -35,10 +35,13 @@ def language_task_heatmap(
     if languages is None:
         languages = sorted({language for language, _ in changes}, key=lambda row: (-_mean_gain(changes, row), row))
     labels = language_labels or {}
-    label_width, cell_width, cell_height, header = 200.0, max(92.0, min(130.0, 860.0 / (len(tasks) + 1))), 25.0, 116.0
+    label_width, cell_height = 200.0, 25.0
+    cell_width = max(92.0, min(130.0, 860.0 / (len(tasks) + 1)))
     columns = [*tasks, None] if len(tasks) > 1 else list(tasks)
     rows = [None, *languages] if len(languages) > 1 else list(languages)
-    parts: list[str] = [_scale(label_width)]
+    width = max(label_width + len(columns) * cell_width + 4, 660.0)
+    header = 72.0 + 15 * max(len(_wrap(task, int(cell_width / 8.2))) for task in tasks)
+    parts: list[str] = [_scale(label_width, has_bold=any(change.is_significant for change in changes.values()))]
     for column, task in enumerate(columns):
         x = label_width + (column + 0.5) * cell_width
         parts.extend(_column_header(x, header, task, changes, cell_width))
@@ -58,7 +61,7 @@ def language_task_heatmap(
             x = label_width + column * cell_width
             parts.append(_heat_cell(x, y, cell_width, cell_height, cells, where=f"{name}, {task or 'all tasks'}"))
     height = header + len(rows) * cell_height + 14
-    return picture(label_width + len(columns) * cell_width + 4, height, parts, label="accuracy by language and task")
+    return picture(width, height, parts, label="accuracy by language and task")
 
 
 def _gain(change: Change) -> float:
@@ -124,8 +127,8 @@ def _wrap(label: str, length: int) -> list[str]:
     return [shorten(line.strip(), length) for line in kept]
 
 
-def _scale(left: float) -> Html:
-    """Draw the legend of the heat map's colours."""
+def _scale(left: float, *, has_bold: bool) -> Html:
+    """Draw the legend of the heat map's colours, and of bold figures where there are any."""
     cell, parts = 26.0, []
     for number in range(9):
         gain = (number - 4) / 4
@@ -137,5 +140,6 @@ def _scale(left: float) -> Html:
     middle = left + 56 + 4.5 * cell
     parts.append(text(left + 50, 13, "0 %", anchor="end", size=12, colour=SOFT))
     parts.append(text(middle, 29, "chance", anchor="middle", size=12, colour=SOFT))
-    parts.append(text(left + 62 + 9 * cell, 13, "100 % · bold: change over two standard errors", size=12, colour=SOFT))
+    words = "100 %" + (" · bold: change of over two standard errors" if has_bold else "")
+    parts.append(text(left + 62 + 9 * cell, 13, words, size=12, colour=SOFT))
     return Html("".join(parts))

@@ -105,7 +105,7 @@ def change_bars(changes: Sequence[tuple[str, Change]], *, value_label: str = "ac
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 6:g}" y2="{bottom:g}" stroke="{GREY}"/>')
         parts.append(text(x, bottom + 18, tick, anchor="middle", size=12, colour=SOFT))
     parts.append(text(left + scale / 2, bottom + 36, value_label, anchor="middle", size=12, colour=SOFT))
-    parts.extend(_bar_legend(left))
+    parts.extend(_bar_legend(left, has_before=any(change.before is not None for _, change in changes)))
     for number, (label, change) in enumerate(changes):
         y = top + step * (number + 0.5)
         parts.append(text(left - 14, y + 4, shorten(label, 28), anchor="end", title=label))
@@ -158,13 +158,14 @@ def _running_mean(line: Sequence[tuple[float, float]], window: int) -> list[tupl
     return smooth
 
 
-def _bar_legend(left: float) -> list[str]:
+def _bar_legend(left: float, *, has_before: bool) -> list[str]:
     entries = [
         (f'<circle cx="{left + 6:g}" cy="12" r="5" fill="#ffffff" stroke="{SOFT}" stroke-width="2"/>', "before", 0),
         (f'<circle cx="{left + 86:g}" cy="12" r="6" fill="{BLUE}"/>', "after", 80),
         (f'<rect x="{left + 155:g}" y="4" width="3" height="16" fill="{INK}"/>', "chance", 150),
     ]
-    return [part for shape, words, x in entries for part in (shape, text(left + x + 16, 16, words, colour=SOFT))]
+    shown = entries if has_before else [entries[2]]
+    return [part for shape, words, x in shown for part in (shape, text(left + x + 16, 16, words, colour=SOFT))]
 
 
 def _bar(change: Change, y: float, left: float, scale: float) -> list[str]:
