@@ -1,0 +1,61 @@
+# A fresh machine needs two commands: `make quickstart` and `make test`. Each sets up what it needs first.
+#
+#   make quickstart   set up, then the whole path on embedded multilingual data (under five minutes on two cores)
+#   make test         set up, then lint, types and all tests (about ten minutes on two cores)
+#   make drill        the slow tests
+#   make format       rewrite the sources in the house format
+#
+#   PYTHON=python3.11     interpreter of the environment (3.10 or newer)
+#   TORCH=installed       use the torch that PYTHON already has, and install no other
+#   TORCH_INDEX=URL       package index for torch alone, such as PyTorch's index of CPU builds
+#   OUTPUT=DIR            where the quickstart writes
+#   NPROC=4               processes of the quickstart
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= pinned
+OUTPUT ?= quickstart_output
+NPROC ?= 4
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(TORCH)
+CONSTRAINTS := $(VENV)/constraints.txt
+
+.PHONY: setup quickstart test lint drill format clean
+.DEFAULT_GOAL := setup
+
+setup: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+ifeq ($(TORCH),installed)
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	grep -v '^torch==' constraints.txt > $(CONSTRAINTS)
+	$(BIN)/python -c "import torch; print('using the installed torch', torch.__version__)"
+else
+	$(PYTHON) -m venv $(VENV)
+	cp constraints.txt $(CONSTRAINTS)
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --constraint $(CONSTRAINTS) torch
+endif
+	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $(STAMP)
+
+quickstart: setup
+	$(BIN)/xmtf quickstart --output $(OUTPUT) --nproc $(NPROC)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+drill: setup
+	$(BIN)/python -m pytest -m slow
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
