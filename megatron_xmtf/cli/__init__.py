@@ -20,9 +20,12 @@ __all__ = ["build_parser", "main"]
 VERBS: dict[str, str] = {
     # verb: module of this package
     "render": "render",
+    "preprocess": "preprocess",
+    "merge": "merge",
     "pack": "pack",
     "evaluate": "evaluate",
     "generate": "generate",
+    "inspect": "inspect_path",
 }
 """Verb -> module of this package, in the order of the data flow."""
 

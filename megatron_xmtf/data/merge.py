@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,13 @@ def merge_datasets(
     with ExampleDatasetWriter(output_prefix, kind=first.kind, dtype=dtype, overwrite=overwrite) as writer:
         with Progress("merge", total=total, unit="examples", enabled=show_progress) as progress:
             for dataset in datasets:
+                columns = {
+                    name: (dataset.names(name), values)
+                    for name in dataset.column_names
+                    if (values := dataset.column(name)) is not None
+                }
                 for start, stop in _blocks(dataset):
-                    _copy(dataset, writer, start, stop)
+                    _copy(dataset, columns, writer, start, stop)
                     progress.advance(stop - start)
         return writer.commit(_facts(datasets))
 
@@ -96,19 +101,23 @@ def _blocks(dataset: ExampleDataset) -> list[tuple[int, int]]:
     return list(zip(cuts, cuts[1:], strict=False))
 
 
-def _copy(dataset: ExampleDataset, writer: ExampleDatasetWriter, start: int, stop: int) -> None:
+def _copy(
+    dataset: ExampleDataset,
+    columns: Mapping[str, tuple[Sequence[str], np.ndarray]],
+    writer: ExampleDatasetWriter,
+    start: int,
+    stop: int,
+) -> None:
     halves = {}
     for name, half in dataset.halves.items():
         begin, end = half.token_range(start, stop)
         halves[name] = (half.tokens[begin:end], half.lengths[start:stop])
     documents = next(iter(dataset.halves.values())).document_indices
-    low, high = np.searchsorted(documents, [start, stop])
-    columns = {}
-    for name in dataset.column_names:
-        values = dataset.column(name)
-        assert values is not None
-        columns[name] = (dataset.names(name), values[start:stop])
-    writer.add(halves, columns, document_lengths=np.diff(documents[low : high + 1]))
+    # Documents without a sequence belong to the range after them, at the end to the last one.
+    low = int(np.searchsorted(documents, start))
+    high = int(np.searchsorted(documents, stop)) if stop < len(dataset) else len(documents) - 1
+    part = {name: (names, values[start:stop]) for name, (names, values) in columns.items()}
+    writer.add(halves, part, document_lengths=np.diff(documents[low : high + 1]))
 
 
 def _facts(datasets: Sequence[ExampleDataset]) -> dict[str, Any]:
