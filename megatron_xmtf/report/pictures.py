@@ -87,6 +87,9 @@ def loss_curves(
             )
             parts.append(text(legend_x + 28, 16, shorten(name, 28), title=name))
             legend_x += 28 + 8 * min(len(name), 28) + 18
+    if any(len(line) >= SMOOTHED_FROM_POINTS for line in series.values()):
+        words = "thin: measured, bold: running mean"
+        parts.append(text(width - right, 16, words, anchor="end", size=12, colour=SOFT))
     below = -1e9
     for y, words, colour in sorted(end_labels):
         below = max(y + 4, below + 14)  # labels of lines that end together are pushed apart
