@@ -1,0 +1,259 @@
+"""A Hugging Face model directory as a source of tensors: opened, checked, read a few rows at a time.
+
+    model.safetensors  |  model.safetensors.index.json + its shards
+    pytorch_model.bin  |  pytorch_model.bin.index.json + its shards     restricted loader only, memory-mapped
+
+No code of the directory runs: pickles go through torch's `weights_only` loader, a config.json that names code
+(`auto_map`) is refused, and file names in an index stay below the directory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_xmtf.errors import CheckpointError, ConfigError, CorruptCheckpointError, MissingError
+from megatron_xmtf.files import read_json, require_directory, require_file, safe_child
+
+__all__ = ["SIDE_FILES", "HuggingFaceModel", "HuggingFaceTensor", "copy_side_files"]
+
+logger = logging.getLogger(__name__)
+
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What travels with the weights, byte for byte, through `CKPT/hf/` into every export."""
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of weights that are converted, in safetensors' spelling. Quantised ones would need their scales."""
+
+
+@dataclass(frozen=True)
+class HuggingFaceTensor:
+    """One tensor of a Hugging Face model."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    path: Path
+    """File that holds it."""
+
+
+class HuggingFaceModel:
+    """An opened model directory; a context manager.
+
+    Raises:  MissingError: no such directory, config or weights. CheckpointError: not a plain model that can be
+             converted. CorruptCheckpointError: a file of weights is truncated or holds more than tensors.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = require_directory(directory)
+        self.config = read_config(self.directory)
+        self._pickled: dict[Path, dict[str, torch.Tensor]] = {}
+        self._open: tuple[Path, Any] | None = None
+        self.tensors = self._list_tensors()
+
+    def __enter__(self) -> HuggingFaceModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open = None
+        self._pickled.clear()
+
+    def read(self, name: str, *, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """Return a tensor, or its rows [start, end), in the type it is stored in.
+
+        Raises:  CorruptCheckpointError: its file cannot be read.
+        """
+        tensor = self.tensors[name]
+        if tensor.path in self._pickled:
+            whole = self._pickled[tensor.path][name]
+            return whole if rows is None else whole[rows[0] : rows[1]]
+        if self._open is None or self._open[0] != tensor.path:
+            self._open = (tensor.path, _open_safetensors(tensor.path))
+        try:
+            part = self._open[1].get_slice(name)
+            result: torch.Tensor = part[:] if rows is None else part[rows[0] : rows[1]]
+        except SafetensorError as error:
+            raise CorruptCheckpointError(f"{tensor.path}: {name} cannot be read: {error}.") from error
+        return result
+
+    def _list_tensors(self) -> dict[str, HuggingFaceTensor]:
+        for stem, read_file in (
+            ("model.safetensors", self._list_safetensors),
+            ("pytorch_model.bin", self._list_pickled),
+        ):
+            index = self.directory / f"{stem}.index.json"
+            if index.is_file():
+                return self._list_indexed(index, read_file)
+            if (self.directory / stem).is_file():
+                return read_file(weights_path(self.directory, stem))
+        raise MissingError(
+            f"{self.directory} holds no weights: none of model.safetensors, model.safetensors.index.json, "
+            "pytorch_model.bin, pytorch_model.bin.index.json is there."
+        )
+
+    def _list_indexed(self, index: Path, read_file: Any) -> dict[str, HuggingFaceTensor]:
+        contents = read_json(index)
+        weight_map = contents.get("weight_map") if isinstance(contents, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index} has no `weight_map` of tensor names to file names.")
+        found: dict[str, HuggingFaceTensor] = {}
+        for name in sorted(set(weight_map.values())):
+            inside = read_file(weights_path(self.directory, name))
+            listed = {key for key, file_name in weight_map.items() if file_name == name}
+            differing = sorted(listed ^ set(inside))
+            if differing:
+                raise CheckpointError(
+                    f"{index} and {name} disagree about {len(differing)} tensors: {', '.join(differing[:5])}. "
+                    "Get both again from one source."
+                )
+            found.update(inside)
+        return found
+
+    def _list_safetensors(self, path: Path) -> dict[str, HuggingFaceTensor]:
+        handle = _open_safetensors(path)
+        found = {}
+        for name in handle.keys():  # noqa: SIM118  (a handle is not a mapping)
+            part = handle.get_slice(name)
+            dtype = DTYPES.get(part.get_dtype())
+            if dtype is None:
+                raise _unsupported(path, name, part.get_dtype())
+            found[name] = HuggingFaceTensor(tuple(part.get_shape()), dtype, path)
+        return found
+
+    def _list_pickled(self, path: Path) -> dict[str, HuggingFaceTensor]:
+        self._pickled[path] = _load_pickled(path)
+        found = {}
+        for name, tensor in self._pickled[path].items():
+            if tensor.dtype not in DTYPES.values():
+                raise _unsupported(path, name, str(tensor.dtype))
+            found[name] = HuggingFaceTensor(tuple(tensor.shape), tensor.dtype, path)
+        return found
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read config.json, refusing what would need code or cannot be converted.
+
+    Raises:  MissingError: no config.json. CheckpointError: it names code, is quantised, or has an untied head.
+    """
+    path = require_file(directory / "config.json")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object.")
+    if config.get("auto_map"):
+        raise CheckpointError(
+            f"{path} names code to run (auto_map: {json.dumps(config['auto_map'])[:120]}). "
+            "Such code is never run here; if the model is a plain one of its model_type, remove that key."
+        )
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{path}: quantised weights cannot be finetuned; use the model they were made from.")
+    if config.get("tie_word_embeddings", True) is not True:
+        raise CheckpointError(f"{path}: tie_word_embeddings=false; the output layer is always the embedding here.")
+    return config
+
+
+def weights_path(directory: Path, name: str) -> Path:
+    """Resolve a file name out of an index; also a link of the Hugging Face cache into its own `blobs`.
+
+    Raises:  ConfigError: it leads elsewhere. MissingError: no such file.
+    """
+    link = directory / name
+    blobs = directory.resolve().parent.parent / "blobs"
+    if Path(name).name == name and link.is_symlink() and link.resolve().parent == blobs:
+        return require_file(link)
+    return require_file(safe_child(directory, name))
+
+
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copy config.json, tokenizer files and the like; return the names."""
+    target.mkdir(parents=True, exist_ok=True)
+    names = [name for name in SIDE_FILES if (source / name).is_file()]
+    for name in names:
+        shutil.copyfile(weights_path(source, name), target / name)
+    return names
+
+
+def config_dtype(config: Mapping[str, Any]) -> str | None:
+    """Return the type of weights that a config.json states, under its new or its old name."""
+    value = config.get("dtype", config.get("torch_dtype"))
+    return value if isinstance(value, str) else None
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise CorruptCheckpointError(
+            f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file: {error}. Get it again."
+        ) from error
+
+
+def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """Load a .bin with torch's restricted loader, memory-mapped; never a second try without the restriction."""
+    try:
+        with open(path, "rb") as stream:
+            is_zip = stream.read(2) == b"PK"
+        # Files older than torch 1.6 are no zip archives and cannot be memory-mapped.
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        raise CorruptCheckpointError(
+            f"{path} is refused: it holds more than tensors ({str(error).splitlines()[0]}). "
+            "Ask for a safetensors version of the model."
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise CorruptCheckpointError(f"{path} is damaged: {str(error).splitlines()[0]}. Get it again.") from error
+    if not isinstance(value, dict) or not all(isinstance(item, torch.Tensor) for item in value.values()):
+        raise CheckpointError(f"{path} is not a flat dictionary of tensors.")
+    return value
+
+
+def _unsupported(path: Path, name: str, dtype: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {name} has type {dtype}; only {', '.join(DTYPES)} weights are converted.")
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """Return the torch type of `float32`, `fp32`, `bf16` and the like; None for None.
+
+    Raises:  ConfigError: not a type of weights.
+    """
+    known = {
+        "float32": torch.float32,
+        "fp32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "bf16": torch.bfloat16,
+        "float16": torch.float16,
+        "fp16": torch.float16,
+    }
+    if name is not None and name not in known:
+        raise ConfigError(f"dtype {name!r} is not known; use one of {', '.join(known)}.")
+    return None if name is None else known[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return `float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,46 @@
+"""The README.md of an exported model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from megatron_xmtf.checkpoint.manifest import CheckpointManifest
+
+__all__ = ["model_card"]
+
+
+def model_card(manifest: CheckpointManifest, *, dtype: str, parameters: int) -> str:
+    """Word the README.md of an exported model: what it is, and how to open it."""
+    version = importlib.metadata.version("megatron_xmtf")
+    config = manifest.config or {}
+    sources = ", ".join(
+        str(entry.get("name") or entry.get("prefix")) for entry in config.get("data", {}).get("train", [])
+    )
+    trained = (
+        f"Finetuned for {manifest.step:,} steps on {manifest.consumed_rows:,} packed rows"
+        + (f" of {sources}" if sources else "")
+        if manifest.step
+        else "Converted without training"
+    )
+    shape = ", ".join(f"{name} {value}" for name, value in manifest.architecture.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- {manifest.architecture["family"]}
+- megatron_xmtf
+---
+
+# Model card
+
+{trained}. {parameters:,} parameters in {dtype}. Written by megatron_xmtf {version}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+Architecture: {shape}.
+"""
