@@ -23,8 +23,10 @@ VERBS: dict[str, str] = {
     "preprocess": "preprocess",
     "merge": "merge",
     "pack": "pack",
+    "import": "import_checkpoint",
     "evaluate": "evaluate",
     "generate": "generate",
+    "export": "export_checkpoint",
     "inspect": "inspect_path",
 }
 """Verb -> module of this package, in the order of the data flow."""
