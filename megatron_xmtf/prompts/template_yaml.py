@@ -6,7 +6,8 @@
     no, yes, on, 2020-01-01     strings (YAML 1.1 makes a boolean, or a date, of an answer choice)
     !Template, !TemplateMetadata {...}    a mapping; any other tag is an error
 
-Aliases are refused (they multiply), and so are keys given twice and nesting deeper than 32.
+Refused: aliases within what another alias stands for (they multiply) or to more than 64 nodes, keys given twice (but
+for the uuids of templates), nesting deeper than 32.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from megatron_xmtf.errors import TemplateError
 __all__ = ["parse_template_yaml"]
 
 MAX_DEPTH = 32
+MAX_ANCHORED_SIZE = 64
+"""Nodes that an alias may stand for; promptsource's files repeat lists of a few language names that way."""
 PROMPTSOURCE_TAGS = ("!Template", "!TemplateMetadata")
 
 # Both loaders give the same values; libyaml's is about ten times as fast.
@@ -35,11 +38,15 @@ class _Loader(_BaseLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         if not isinstance(node, yaml.MappingNode):
             raise yaml.constructor.ConstructorError(None, None, f"{node.tag} is not a mapping", node.start_mark)
-        seen = set()
-        for key_node, _ in node.value:
+        seen: set[Any] = set()
+        for number, (key_node, value_node) in enumerate(node.value):
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key is not a scalar", key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
+            if key in seen and value_node.tag == "!Template":
+                # One of promptsource's own files gives two templates the same uuid; they go by their names.
+                key = f"{key}, entry {number}"
+                node.value[number] = (yaml.ScalarNode(key_node.tag, key), value_node)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
             seen.add(key)
@@ -62,7 +69,7 @@ def parse_template_yaml(text: str, *, source: str) -> Any:
     """Parse YAML.
 
     Args:    source: the file's name, for error messages.
-    Raises:  TemplateError: not YAML, an alias, a tag, a key given twice, nested too deeply; names line and column.
+    Raises:  TemplateError: not YAML, or something refused (see the module); names line and column.
     """
     try:
         _refuse_depth_and_aliases(text)
@@ -74,16 +81,22 @@ def parse_template_yaml(text: str, *, source: str) -> Any:
 
 
 def _refuse_depth_and_aliases(text: str) -> None:
-    """Look at the events before anything is composed: composing is recursive, and aliases multiply there."""
+    """Look at the events before anything is composed: composing is recursive, and nested aliases multiply."""
     depth = 0
+    anchored_depth = anchored_size = 0  # of the anchored collection that we are in; 0 outside
     for event in yaml.parse(text, Loader=_BaseLoader):
-        if isinstance(event, yaml.AliasEvent):
-            raise _refusal("aliases (*name) are not allowed", event)
+        anchored_size += anchored_depth > 0
+        if anchored_depth and (isinstance(event, yaml.AliasEvent) or anchored_size > MAX_ANCHORED_SIZE):
+            raise _refusal(f"an anchor (&name) over an alias, or over more than {MAX_ANCHORED_SIZE} nodes", event)
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
                 raise _refusal(f"nested over {MAX_DEPTH} deep", event)
+            if event.anchor and not anchored_depth:
+                anchored_depth, anchored_size = depth, 0
         elif isinstance(event, yaml.CollectionEndEvent):
+            if depth == anchored_depth:
+                anchored_depth = 0
             depth -= 1
 
 

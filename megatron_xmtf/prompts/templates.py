@@ -23,8 +23,8 @@ Our own form has a list where promptsource has a mapping of uuids:
     choices   ["I cried.", "I laughed."]     choice_index 0
 
 In both forms only `true` and `false` are booleans, so that `no` is a word (and Norwegian) and needs no quotes.
-Promptsource's tags `!Template` and `!TemplateMetadata` are read as plain mappings; every other tag and every alias
-is refused. Its rule that `{{ x }}` is cut to 2,048 characters is textual, as there: every `}}` of the prompt becomes
+Promptsource's tags `!Template` and `!TemplateMetadata` are read as plain mappings; every other tag is refused. Its
+rule that `{{ x }}` is cut to 2,048 characters is textual, as there: every `}}` of the prompt becomes
 ` | string | truncate(2048) }}`; the answer choices are not cut.
 """
 
