@@ -24,10 +24,10 @@ def run(arguments: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from megatron_xmtf.conversion.export_model import export_hugging_face
+    from megatron_xmtf.conversion.huggingface import export_huggingface
     from megatron_xmtf.conversion.huggingface_model import parse_dtype
 
-    done = export_hugging_face(arguments.checkpoint, arguments.output, dtype=parse_dtype(arguments.dtype))
+    done = export_huggingface(arguments.checkpoint, arguments.output, dtype=parse_dtype(arguments.dtype))
     if arguments.json:
         paths = {"directory": str(done.directory), "checkpoint": str(done.checkpoint)}
         print(json.dumps({**asdict(done), **paths}, indent=2))

@@ -21,10 +21,10 @@ def run(arguments: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
+    from megatron_xmtf.conversion.huggingface import import_huggingface
     from megatron_xmtf.conversion.huggingface_model import parse_dtype
-    from megatron_xmtf.conversion.import_model import import_hugging_face
 
-    done = import_hugging_face(arguments.hf, arguments.output, dtype=parse_dtype(arguments.dtype))
+    done = import_huggingface(arguments.hf, arguments.output, dtype=parse_dtype(arguments.dtype))
     if arguments.json:
         print(json.dumps({**asdict(done), "checkpoint": str(done.checkpoint)}, indent=2))
     else:
