@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--show {arguments.show} --start {arguments.start}: neither can be negative.")
     if (path / "packing.json").is_file():
         report, text = _packing(path)
+    elif path.is_dir() and (prefixes := _prefixes_in(path)):
+        raise ConfigError(f"{path} is a directory of datasets; give the prefix of one: {', '.join(prefixes[:10])}.")
     elif path.is_dir():
         report, text = _checkpoint(path, deep=arguments.deep)
     else:
@@ -137,6 +139,11 @@ def _prefix(path: Path) -> Path:
     for ending in (".json", ".idx", ".bin", ".npz", "_inputs_document", "_targets_document", "_text_document"):
         name = name.removesuffix(ending)
     return path.with_name(name.removesuffix("_columns") if path.suffix == ".npz" else name)
+
+
+def _prefixes_in(directory: Path) -> list[str]:
+    """Name the prefixes of the datasets whose files lie in a directory."""
+    return sorted({str(_prefix(path)) for path in directory.glob("*_document.idx")})
 
 
 def _column_counts(dataset: ExampleDataset, name: str) -> dict[str, int]:

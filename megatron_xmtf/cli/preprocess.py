@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         default="records",
-        help="fields of a record: inputs, targets (default) | prompt, completion | instruction, input, output | messages",
+        help="fields of a record; records (default): inputs, targets; instruction: instruction, input, output",
     )
     parser.add_argument(
         "--field-map", nargs="+", action="extend", default=[], metavar="FIELD=NAME", help="FIELD is called NAME here"

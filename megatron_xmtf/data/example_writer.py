@@ -4,8 +4,8 @@ Everything is written in a working directory beside the prefix and moved to its 
 
     train.tmp-1f0c/lock          held while the writer lives: tells an interrupted run from a running one
     train.tmp-1f0c/committing    exists while files are moved to their final names
-    1. all files finished and on the disk    2. an old manifest removed    3. .bin, columns, .idx renamed
-    4. train.json written: from here on the dataset exists    5. working directory removed
+    1. all files and the manifest on the disk    2. an old manifest removed    3. .bin, columns, .idx renamed
+    4. train.json renamed, last: from here on the dataset exists    5. working directory removed
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ __all__ = ["ExampleDatasetWriter"]
 
 logger = logging.getLogger(__name__)
 LOCK = "lock"
+MANIFEST = "manifest.json"
+"""Name of the manifest in the working directory."""
 
 
 class ExampleDatasetWriter:
@@ -147,8 +149,8 @@ class ExampleDatasetWriter:
             "files": files,
             "code_version": __version__,
         }
+        write_json(self._directory / MANIFEST, manifest)
         self._move(sorted(files, key=lambda name: name.endswith(".idx")))
-        write_json(manifest_path(self.prefix), manifest)
         return manifest
 
     def _length_statistics(self) -> dict[str, Any]:
@@ -167,6 +169,8 @@ class ExampleDatasetWriter:
             fsync_directory(self.prefix.parent)
             for name in names:
                 os.replace(self._directory / name, dataset_file(self.prefix, name))
+            fsync_directory(self.prefix.parent)
+            os.replace(self._directory / MANIFEST, manifest_path(self.prefix))
             fsync_directory(self.prefix.parent)
 
     def _refuse_existing(self, *, interrupted: bool) -> None:

@@ -88,12 +88,12 @@ def read_chunks(path: Path, *, chunk_bytes: int = CHUNK_BYTES, offset: int = 0) 
                 block = stream.read(chunk_bytes)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise RecordError(f"{path} is a damaged or truncated gzip file ({error}); copy it again.") from error
-            if line == 1 and not rest:
-                block = block.removeprefix(UTF8_MARK)
             end = block.rfind(b"\n") + 1
             data, rest = (rest + block[:end], block[end:]) if end else (b"", rest + block)
             if not block:
                 data, rest = rest, b""
+            if line == 1:  # the first chunk: it begins with the whole first line
+                data = data.removeprefix(UTF8_MARK)
             if data:
                 yield LineChunk(str(path), line, data, offset + raw.tell())
                 line += data.count(b"\n")
@@ -151,7 +151,8 @@ class RecordParser:
         field = self._names[name]
         if field not in row:
             has = ", ".join(key[:32] for key in list(row)[:8]) or "none"
-            raise BadRecord("missing_field", f"there is no field {field!r}; its fields are: {has}")
+            detail = f"there is no field {field!r}, its fields are: {has} (say which one it is: --field-map {name}=...)"
+            raise BadRecord("missing_field", detail)
         value = row[field]
         if not isinstance(value, str):
             raise BadRecord("not_a_string", f"field {field!r} is {_json_type(value)}, not a string")
