@@ -22,29 +22,19 @@ mark at the start of a file is dropped; empty lines are skipped.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import IO, Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from megatron_xmtf.errors import ConfigError, RecordError, nearest_names
 from megatron_xmtf.files import require_file
+from megatron_xmtf.prompts.readers import Quoting, Row, read_json_list, read_jsonl, read_lines, read_table
 
 __all__ = ["Quoting", "Source", "SourceFormat", "read_rows", "source_from_mapping"]
 
 SourceFormat = Literal["jsonl", "json", "csv", "tsv"]
-Quoting = Literal["csv", "none"]
-Row = dict[str, Any]
-
-MAX_LINE_BYTES = 64 << 20
-"""Longer lines are refused: a file without newlines must not fill the memory."""
-MAX_JSON_BYTES = 512 << 20
-"""A json list is read whole (a jsonl file is not); larger ones belong in jsonl."""
 
 
 @dataclass(frozen=True)
@@ -138,15 +128,18 @@ def read_rows(source: Source | Path | str, *, on_bytes: Callable[[int], None] | 
 
 def _read(source: Source, found: SourceFormat, on_bytes: Callable[[int], None] | None) -> Iterator[tuple[str, Row]]:
     """Yield (where, row) with where = "file:line" for error messages."""
-    lines = _lines(source.path, on_bytes)
+    lines = read_lines(source.path, on_bytes)
     if found == "jsonl":
-        for number, line in lines:
-            if line and not line.isspace():
-                yield f"{source.path}:{number}", _parse_object(line, f"{source.path}:{number}")
-    elif found == "json":
-        yield from _read_json(source, lines)
-    else:
-        yield from _read_table(source, found, lines)
+        return read_jsonl(source.path, lines)
+    if found == "json":
+        return read_json_list(source.path, lines, records_at=source.records_at)
+    return read_table(
+        source.path,
+        lines,
+        delimiter=source.delimiter or ("," if found == "csv" else "\t"),
+        quoting=source.quoting or ("csv" if found == "csv" else None),
+        columns=source.columns,
+    )
 
 
 def _renamed(rows: Iterable[tuple[str, Row]], source: Source) -> Iterator[Row]:
@@ -161,176 +154,3 @@ def _renamed(rows: Iterable[tuple[str, Row]], source: Source) -> Iterator[Row]:
             row = {name: value for name, value in row.items() if name not in source.fields.values()}
             row.update(values)
         yield row
-
-
-def _lines(path: Path, on_bytes: Callable[[int], None] | None) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text with its newline), decoded strictly."""
-    with open(path, "rb") as raw:
-        stream: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
-        reported = number = 0
-        while line := _read_line(stream, path, number + 1):
-            number += 1
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise RecordError(
-                    f"{path}:{number} is not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1} of the "
-                    "line; convert the file (iconv) or remove the line."
-                ) from error
-            if "\0" in text:
-                raise RecordError(f"{path}:{number} holds a NUL character; text may not.")
-            if on_bytes is not None and number % 64 == 0:
-                on_bytes(raw.tell() - reported)
-                reported = raw.tell()
-            yield number, text
-        if on_bytes is not None:
-            on_bytes(raw.tell() - reported)
-
-
-def _read_line(stream: IO[bytes], path: Path, number: int) -> bytes:
-    try:
-        line = stream.readline(MAX_LINE_BYTES + 1)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise RecordError(f"{path}:{number}: the gzip stream is damaged or cut off ({error}).") from error
-    if len(line) > MAX_LINE_BYTES:
-        raise RecordError(f"{path}:{number} is longer than {MAX_LINE_BYTES >> 20} MiB; is this a file of lines?")
-    return line
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _object_of_pairs(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is given twice")
-    return row
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object_of_pairs)
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno} " if error.lineno > 1 else ""
-        raise RecordError(f"{where} is not valid JSON: {error.msg} at {line}column {error.colno}.") from error
-    except ValueError as error:
-        raise RecordError(f"{where} is not valid JSON: {error}.") from error
-    except RecursionError as error:
-        raise RecordError(f"{where} is nested too deeply to be read.") from error
-    # Only an escape can bring what the file's own bytes cannot: they were decoded strictly.
-    if "\\u" in text:
-        _refuse_escaped(value, where)
-    return value
-
-
-def _refuse_escaped(value: Any, where: str) -> None:
-    """Refuse NUL and lone surrogates that came in through `\\u` escapes."""
-    if isinstance(value, str):
-        if "\0" in value:
-            raise RecordError(f"{where} holds a NUL character; text may not.")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RecordError(
-                f"{where} holds the lone surrogate {value[error.start]!a}, which is half of a character."
-            ) from error
-    elif isinstance(value, list):
-        for element in value:
-            _refuse_escaped(element, where)
-    elif isinstance(value, dict):
-        for name, element in value.items():
-            _refuse_escaped(name, where)
-            _refuse_escaped(element, where)
-
-
-def _parse_object(text: str, where: str) -> Row:
-    value = _parse_json(text, where)
-    if not isinstance(value, dict):
-        raise RecordError(f"{where} is a JSON {type(value).__name__}; a row is an object with named fields.")
-    return value
-
-
-def _read_json(source: Source, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[str, Row]]:
-    parts, size = [], 0
-    for _, line in lines:
-        size += len(line)
-        if size > MAX_JSON_BYTES:
-            raise RecordError(f"{source.path} is over {MAX_JSON_BYTES >> 20} MiB; turn it into jsonl, one row a line.")
-        parts.append(line)
-    value = _parse_json("".join(parts), str(source.path))
-    del parts
-    for key in source.records_at.split(".") if source.records_at else ():
-        if not isinstance(value, dict) or key not in value:
-            hint = nearest_names(key, value) if isinstance(value, dict) else f"it is a {type(value).__name__} there"
-            raise RecordError(f"{source.path}: records_at={source.records_at!r}: no key {key!r}; {hint}.")
-        value = value[key]
-    if not isinstance(value, list):
-        hint = f"declare records_at; {nearest_names('', value)}" if isinstance(value, dict) else "a list is needed"
-        raise RecordError(f"{source.path} holds a {type(value).__name__} where the list of rows should be: {hint}.")
-    for number, row in enumerate(value):
-        if not isinstance(row, dict):
-            raise RecordError(f"{source.path}: element {number} is a {type(row).__name__}; a row is an object.")
-        yield f"{source.path}: element {number}", row
-
-
-def _read_table(source: Source, found: SourceFormat, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[str, Row]]:
-    delimiter = source.delimiter or ("," if found == "csv" else "\t")
-    quoting = source.quoting or ("csv" if found == "csv" else None)
-    records = (
-        _quoted_records(source, delimiter, lines)
-        if quoting == "csv"
-        else _plain_records(source, delimiter, lines, refuse_quotes=quoting is None)
-    )
-    columns: Sequence[str] | None = source.columns
-    for number, values in records:
-        if columns is None:
-            columns = values
-            twice = sorted({name for name in columns if columns.count(name) > 1})
-            if twice:
-                raise RecordError(f"{source.path}:{number}: the header names {twice[0]!r} twice; declare columns.")
-        elif len(values) != len(columns):
-            raise RecordError(
-                f"{source.path}:{number} has {len(values)} columns where {len(columns)} are expected "
-                f"({', '.join(columns)}); check delimiter={delimiter!r} and quoting={quoting!r}."
-            )
-        else:
-            yield f"{source.path}:{number}", dict(zip(columns, values, strict=True))
-
-
-def _plain_records(
-    source: Source, delimiter: str, lines: Iterable[tuple[int, str]], *, refuse_quotes: bool
-) -> Iterator[tuple[int, list[str]]]:
-    for number, line in lines:
-        line = line.removesuffix("\n").removesuffix("\r")
-        if not line:
-            continue
-        values = line.split(delimiter)
-        if refuse_quotes and '"' in line and any(value.startswith('"') for value in values):
-            raise RecordError(
-                f"{source.path}:{number}: a field begins with a double quote; declare quoting: csv (quotes enclose "
-                "fields) or none (a quote is a letter)."
-            )
-        yield number, values
-
-
-def _quoted_records(
-    source: Source, delimiter: str, lines: Iterable[tuple[int, str]]
-) -> Iterator[tuple[int, list[str]]]:
-    # A setting of the csv module, not of a reader; its default of 128 KiB cuts off ordinary documents.
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
-    reader = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True)
-    start = 1
-    try:
-        for values in reader:
-            if values:
-                yield start, values
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise RecordError(
-            f"{source.path}:{start}: the record that starts here cannot be read: {error}; if quotes are plain letters "
-            "in this file, declare quoting: none."
-        ) from error
