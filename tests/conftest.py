@@ -27,10 +27,10 @@ def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model, imported."""
-    from megatron_xmtf.conversion.import_model import import_hugging_face
+    from megatron_xmtf.conversion.huggingface import import_huggingface
 
     directory = tmp_path_factory.mktemp("imported") / "checkpoint"
-    import_hugging_face(tiny_hf, directory)
+    import_huggingface(tiny_hf, directory)
     return directory
 
 

@@ -15,7 +15,7 @@ from megatron_xmtf.checkpoint.directory import find_checkpoint, list_checkpoints
 from megatron_xmtf.checkpoint.manifest import MANIFEST_NAME, open_manifest
 from megatron_xmtf.config.load import write_config
 from megatron_xmtf.config.schema import DatasetConfig, RunConfig
-from megatron_xmtf.conversion.import_model import import_hugging_face
+from megatron_xmtf.conversion.huggingface import import_huggingface
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.packing import build_packing_index, index_directory, open_packing_index, pack_dataset
 from megatron_xmtf.data.packing_index import PackingIndex
@@ -165,7 +165,7 @@ def _initial_checkpoint(config: RunConfig) -> Path:
     imported = Path(config.output) / "imported"
     if not (imported / MANIFEST_NAME).is_file():
         logger.info("importing %s", model)
-        import_hugging_face(model, imported)
+        import_huggingface(model, imported)
     return imported
 
 
