@@ -27,6 +27,7 @@ VERBS: dict[str, str] = {
     "evaluate": "evaluate",
     "generate": "generate",
     "export": "export_checkpoint",
+    "verify": "verify",
     "inspect": "inspect_path",
 }
 """Verb -> module of this package, in the order of the data flow."""
