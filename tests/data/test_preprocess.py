@@ -1,5 +1,6 @@
 """Records to files: ids against transformers, any number of workers, every kind of bad line, kills at every step."""
 
+import errno
 import gzip
 import json
 import os
@@ -19,7 +20,7 @@ from megatron_xmtf.cli import main
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.preprocess import preprocess
 from megatron_xmtf.data.records import read_chunks
-from megatron_xmtf.errors import ConfigError, DatasetError, MissingError, RankFailedError, RecordError
+from megatron_xmtf.errors import ConfigError, DatasetError, DiskFullError, MissingError, RankFailedError, RecordError
 
 GOOD = '{"inputs": "How many months?", "targets": "twelve"}'
 
@@ -316,6 +317,20 @@ def test_two_runs_do_not_write_one_prefix(tmp_path: Path, tokenizer_directory: P
     assert files_of(tmp_path / "out") == {}
 
 
+def test_full_disk_leaves_nothing(tmp_path: Path, tokenizer_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, prefix = write(tmp_path / "r.jsonl", *many_records(3)), tmp_path / "out" / "d"
+
+    def no_space(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("os.fsync", "os.replace", "numpy.savez"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, no_space)
+            with pytest.raises(DiskFullError, match="no space left"):
+                run([source], tokenizer_directory, prefix)
+        assert files_of(tmp_path / "out") == {}
+
+
 def test_killed_worker_ends_the_run(tmp_path: Path, tokenizer_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import multiprocessing
 
@@ -330,8 +345,6 @@ def test_killed_worker_ends_the_run(tmp_path: Path, tokenizer_directory: Path, m
 
 
 def test_workers_end_when_the_run_is_killed(tmp_path: Path, tokenizer_directory: Path) -> None:
-    source = tmp_path / "pipe.jsonl"
-    os.mkfifo(source)  # never ends: the run is sure to be in the middle
     program = (
         "from megatron_xmtf.data import encode, records\n"
         "from megatron_xmtf.data.encode import *\n"
@@ -353,8 +366,8 @@ def test_workers_end_when_the_run_is_killed(tmp_path: Path, tokenizer_directory:
     workers = [int(pid) for pid in process.stdout.readline().split()]
     assert len(workers) == 2
     process.kill()
-    process.wait()
-    assert process.stdout.read() == ""  # end of file: nobody holds the pipe any more
+    # End of file: the workers, who inherited the pipe, are gone too; otherwise TimeoutExpired.
+    assert process.communicate(timeout=60)[0] == ""
 
 
 @settings(max_examples=60, deadline=None)
