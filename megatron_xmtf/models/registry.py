@@ -8,6 +8,12 @@ from typing import Literal
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -54,8 +60,22 @@ def build_model(
         )
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
+        _mark_tensor_parallel_parameters(chunk)
         chunks.append(chunk if precision == "fp32" else Float16Module(config, chunk))
     return chunks
+
+
+def _mark_tensor_parallel_parameters(chunk: torch.nn.Module) -> None:
+    """Mark the parameters that each tensor-parallel rank holds a part of.
+
+    Megatron-Core marks them while it draws their first values, which is turned off here. An unmarked one counts as a
+    copy, and the gradient norm, hence clipping, would see the part of the first rank alone.
+    """
+    for module in chunk.modules():
+        if isinstance(module, VocabParallelEmbedding | ColumnParallelLinear | RowParallelLinear):
+            weight, split_dimension = module.weight, 1 if isinstance(module, RowParallelLinear) else 0
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(weight, True, split_dimension, 1)
 
 
 def transformer_config(
