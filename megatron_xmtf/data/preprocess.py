@@ -81,7 +81,7 @@ def preprocess(
                 writer.add(encoded.halves, encoded.columns)
                 counts.update(encoded.counts)
                 rate = counts["read"] / max(time.monotonic() - started, 1e-9)
-                progress.note(f"{counts['read']:,} records, {rate:,.0f}/s")
+                progress.note(f"{rate:,.0f} records/s")
                 progress.advance(encoded.position // MEGABYTE - progress.done)
         if not counts["kept"]:
             raise RecordError(

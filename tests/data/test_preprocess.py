@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDataset
 from transformers import AutoTokenizer
 
+from megatron_xmtf.checkpoint.manifest import checkpoint_directory
 from megatron_xmtf.cli import main
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.preprocess import preprocess
@@ -410,3 +411,30 @@ def test_verbs(tmp_path: Path, tokenizer_directory: Path, capsys: pytest.Capture
     assert '" twelve</s>"' in shown and "2 examples of kind pairs" in shown
     assert main(["inspect", str(tmp_path)]) == 2
     assert "directory of datasets" in capsys.readouterr().err
+
+
+def test_inspect_checkpoint_and_packing_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {"family": "bloom", "num_layers": 2}
+    with checkpoint_directory(
+        tmp_path / "run" / "checkpoints" / "step_0000020",
+        step=20,
+        architecture=shape,
+        dtype="float32",
+        config=None,
+        consumed_rows=80,
+        contents=("model",),
+    ) as directory:
+        (directory / "__0_0.distcp").write_bytes(b"weights")
+    assert main(["inspect", str(tmp_path / "run"), "--deep", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["type"], report["step"], report["unaltered"]) == ("checkpoint", 20, True)
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    assert "checkpoint of step 20" in capsys.readouterr().out
+    (tmp_path / "run" / "checkpoints" / "step_0000020" / "__0_0.distcp").write_bytes(b"Weights")
+    assert main(["inspect", str(tmp_path / "run"), "--deep"]) == 5
+    assert "__0_0.distcp" in capsys.readouterr().err
+
+    (tmp_path / "packing").mkdir()
+    (tmp_path / "packing" / "packing.json").write_text("{}")
+    assert main(["inspect", str(tmp_path / "packing")]) == 2
+    assert "is damaged" in capsys.readouterr().err
