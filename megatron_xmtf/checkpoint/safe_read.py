@@ -208,6 +208,19 @@ class CheckpointReader:
         if self._stream is not None:
             self._stream.close()
 
+    def row_parts(self, key: str, *, rows: int) -> list[tuple[int, int]]:
+        """Cut the first `rows` rows of a tensor where its stored chunks begin and end.
+
+        Reading these ranges one after another reads every chunk once.
+        """
+        entry = self.metadata.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata), f"{key} is not a tensor"
+        edges = {0, rows}
+        for chunk in entry.chunks:
+            edges |= {chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]}
+        kept = sorted(edge for edge in edges if edge <= rows)
+        return list(zip(kept[:-1], kept[1:], strict=True))
+
     def read(self, key: str, *, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """Return a tensor, or its rows [start, end) along the first dimension, in the stored type.
 

@@ -195,7 +195,7 @@ def export_huggingface(
 ) -> ExportedModel:
     """Write the weights of a checkpoint as `save_pretrained` would, with config, tokenizer files and a model card.
 
-    Memory: one chunk as it is stored, whatever the size of the model.
+    Memory: the rows of one stored chunk twice; an imported model's chunks have at most 256 MiB.
 
     Args:    checkpoint: one, or a run directory (its newest). dtype: type to write; None keeps each tensor's own.
     Raises:  MissingError, CorruptCheckpointError: not there, not whole. CheckpointError: tensors missing or unexpected.
@@ -208,29 +208,29 @@ def export_huggingface(
         parameters = match_checkpoint(reader, manifest)
         copy_side_files(checkpoint / "hf", temporary)
         headers = [
-            TensorHeader(mapping.prefix + parameter.hf, parameter.shape, dtype or reader.tensors[parameter.ours].dtype)
+            TensorHeader(parameter.hf, parameter.shape, dtype or reader.tensors[parameter.ours].dtype)
             for parameter in parameters
         ]
         by_name = {header.name: parameter for header, parameter in zip(headers, parameters, strict=True)}
+        stored = {dtype_name(header.dtype) for header in headers}
+        name = stored.pop() if len(stored) == 1 else "mixed"
+        _write_config(temporary, name, architecture_class=mapping.architecture_class)
         shards = plan_shards(headers)
+        count = sum(torch.Size(header.shape).numel() for header in headers)
         total = sum(header.bytes for header in headers)
         with Progress("export", total=round(total / 1e6), unit="MB") as progress:
             for file_name, shard in shards.items():
                 with SafetensorsWriter(temporary / file_name, shard) as writer:
                     for header in writer.headers:
                         _export_tensor(reader, by_name[header.name], header, writer, progress)
-        count = sum(torch.Size(header.shape).numel() for header in headers)
         _write_index(temporary, shards, parameters=count)
-        stored = {dtype_name(header.dtype) for header in headers}
-        name = stored.pop() if len(stored) == 1 else "mixed"
-        _write_config(temporary, name, architecture_class=mapping.architecture_class)
         (temporary / "README.md").write_text(model_card(manifest, dtype=name, parameters=count), encoding="utf-8")
     files = tuple(sorted(path.name for path in output.iterdir()))
     return ExportedModel(output, checkpoint, manifest.step, len(headers), count, total, name, files)
 
 
 def match_checkpoint(reader: CheckpointReader, manifest: CheckpointManifest) -> list[MatchedParameter]:
-    """Match every weight of a checkpoint to its Hugging Face name (without the prefix), by name and shape.
+    """Match every weight of a checkpoint to the name that `save_pretrained` gives it, by name and shape.
 
     Raises:  CheckpointError: missing, unexpected or misshaped tensors.
     """
@@ -251,8 +251,8 @@ def _export_tensor(
     progress: Progress,
 ) -> None:
     """Write one tensor without the padded rows of the vocabulary."""
-    row_bytes = max(1, header.bytes // header.shape[0])
-    for start, end in row_ranges(header.shape[0], row_bytes):
+    row_bytes = header.bytes // header.shape[0]
+    for start, end in reader.row_parts(parameter.ours, rows=header.shape[0]):
         part = reader.read(parameter.ours, rows=(start, end))
         writer.write(header.name, convert_part(part, dtype=header.dtype, name=parameter.ours))
         progress.advance(round(end * row_bytes / 1e6) - round(start * row_bytes / 1e6))

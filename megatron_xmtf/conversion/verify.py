@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from megatron_xmtf.checkpoint.manifest import open_manifest
 from megatron_xmtf.checkpoint.safe_read import CheckpointReader
-from megatron_xmtf.checkpoint.streamed_write import row_ranges
 from megatron_xmtf.config.schema import ParallelConfig
 from megatron_xmtf.conversion.huggingface import match_checkpoint, match_model
 from megatron_xmtf.conversion.huggingface_model import HuggingFaceModel, dtype_name
@@ -108,8 +107,7 @@ def compare_weights(checkpoint: Path | str, directory: Path | str) -> WeightsCom
                 dtype = narrower(reader.tensors[parameter.ours].dtype, model.tensors[parameter.hf].dtype)
                 difference = 0.0
                 same = True
-                row_bytes = torch.Size(parameter.shape).numel() // parameter.shape[0] * dtype.itemsize
-                for rows in row_ranges(parameter.shape[0], row_bytes):
+                for rows in reader.row_parts(parameter.ours, rows=parameter.shape[0]):
                     left = reader.read(parameter.ours, rows=rows).to(dtype)
                     right = model.read(parameter.hf, rows=rows).to(dtype)
                     if not _same_bits(left, right):
