@@ -1,0 +1,145 @@
+"""A checkpoint exists only when it is whole, and damage is named when it is opened."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_xmtf.checkpoint.directory import find_checkpoint, list_checkpoints, step_directory
+from megatron_xmtf.checkpoint.manifest import (
+    MANIFEST_NAME,
+    begin_checkpoint,
+    checkpoint_directory,
+    finish_checkpoint,
+    hash_files,
+    open_manifest,
+    verify_hashes,
+)
+from megatron_xmtf.errors import CheckpointError, ConfigError, CorruptCheckpointError, MissingError
+
+FIELDS = {
+    "architecture": {"family": "bloom"},
+    "dtype": "float32",
+    "config": {"seed": 42},
+    "consumed_rows": 160,
+    "contents": ["model"],
+}
+
+
+def write_checkpoint(path: Path, *, step: int = 20) -> Path:
+    with checkpoint_directory(path, step=step, **FIELDS) as temporary:
+        (temporary / "__0_0.distcp").write_bytes(b"weights" * 100)
+        (temporary / "hf").mkdir()
+        (temporary / "hf" / "config.json").write_text("{}")
+    return path
+
+
+def test_manifest_round_trip(tmp_path: Path) -> None:
+    manifest = open_manifest(write_checkpoint(tmp_path / "step_0000020"))
+    assert (manifest.step, manifest.consumed_rows, manifest.contents) == (20, 160, ("model",))
+    assert manifest.config == {"seed": 42} and manifest.architecture == {"family": "bloom"}
+    assert set(manifest.files) == {"__0_0.distcp", "hf/config.json"} and manifest.total_bytes == 702
+    assert set(manifest.versions) == {"python", "megatron_xmtf", "torch", "megatron-core", "transformers"}
+    verify_hashes(tmp_path / "step_0000020", manifest)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_0000020"]
+
+
+def test_known_hashes_are_taken_and_the_rest_computed(tmp_path: Path) -> None:
+    temporary = begin_checkpoint(tmp_path / "step_0000001")
+    for name in ("__0_0.distcp", "__1_0.distcp"):
+        (temporary / name).write_bytes(name.encode())
+    hashes = hash_files(temporary, ["__1_0.distcp"])
+    finish_checkpoint(temporary, tmp_path / "step_0000001", step=1, hashes=hashes, **FIELDS)
+    verify_hashes(tmp_path / "step_0000001", open_manifest(tmp_path / "step_0000001"))
+
+
+def test_an_error_inside_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), checkpoint_directory(tmp_path / "step_0000020", step=20, **FIELDS) as temporary:
+        (temporary / "__0_0.distcp").write_bytes(b"half")
+        raise KeyError("a rank failed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_never_written_over(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "step_0000020")
+    before = (path / MANIFEST_NAME).read_bytes()
+    with pytest.raises(ConfigError, match="exists already"):
+        write_checkpoint(path)
+    assert (path / MANIFEST_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+        (lambda path: (path / "__0_0.distcp").write_bytes(b"weights"), "has 7 bytes instead of 700"),
+        (lambda path: (path / "__1_0.distcp").write_bytes(b""), "__1_0.distcp is not in the manifest"),
+        (lambda path: (path / MANIFEST_NAME).unlink(), "never finished"),
+        (lambda path: (path / MANIFEST_NAME).write_text('{"format": '), "not valid JSON"),
+        (lambda path: (path / MANIFEST_NAME).write_text("{}"), "not the manifest"),
+    ],
+)
+def test_damage_is_named_at_open(tmp_path: Path, damage: object, message: str) -> None:
+    path = write_checkpoint(tmp_path / "step_0000020")
+    damage(path)  # type: ignore[operator]
+    with pytest.raises(CorruptCheckpointError, match=message):
+        open_manifest(path)
+
+
+def test_a_flipped_bit_passes_the_sizes_and_fails_the_hashes(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "step_0000020")
+    data = bytearray((path / "__0_0.distcp").read_bytes())
+    data[350] ^= 1
+    (path / "__0_0.distcp").write_bytes(data)
+    manifest = open_manifest(path)
+    with pytest.raises(CorruptCheckpointError, match="__0_0.distcp was altered"):
+        verify_hashes(path, manifest)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a\0b"])
+def test_a_name_that_leads_outside_is_refused(tmp_path: Path, name: str) -> None:
+    path = write_checkpoint(tmp_path / "step_0000020")
+    contents = json.loads((path / MANIFEST_NAME).read_text())
+    contents["files"][name] = {"bytes": 1, "sha256": "0"}
+    (path / MANIFEST_NAME).write_text(json.dumps(contents))
+    with pytest.raises(CorruptCheckpointError):
+        open_manifest(path)
+
+
+def test_a_newer_format_names_the_version_that_reads_it(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "step_0000020")
+    contents = json.loads((path / MANIFEST_NAME).read_text())
+    (path / MANIFEST_NAME).write_text(json.dumps({**contents, "format_version": 99}))
+    with pytest.raises(CheckpointError, match="format_version 99"):
+        open_manifest(path)
+
+
+def test_find_by_step_number_in_run_and_checkpoints_directory(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    # By number, not by name or time: step 100 is written first, and sorts before 20 as text without zeros.
+    for step in (100, 20):
+        write_checkpoint(step_directory(checkpoints, step), step=step)
+    (checkpoints / "step_0000200").mkdir()  # never finished
+    (checkpoints / "step_0000300.tmp-1a2b3c4d").mkdir()
+    newest = checkpoints / "step_0000100"
+    assert [step for step, _ in list_checkpoints(checkpoints)] == [20, 100]
+    assert find_checkpoint(tmp_path / "run") == find_checkpoint(checkpoints) == find_checkpoint(newest) == newest
+
+
+def test_a_damaged_newest_is_an_error_unless_it_may_be_skipped(tmp_path: Path) -> None:
+    for step in (20, 40):
+        write_checkpoint(step_directory(tmp_path, step), step=step)
+    (tmp_path / "step_0000040" / "__0_0.distcp").unlink()
+    with pytest.raises(CorruptCheckpointError, match="next older one is .*step_0000020"):
+        find_checkpoint(tmp_path)
+    assert find_checkpoint(tmp_path, skip_damaged=True) == tmp_path / "step_0000020"
+
+
+def test_what_is_no_checkpoint_gets_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="does not exist"):
+        find_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(MissingError, match="neither a checkpoint"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(MissingError, match="xmtf import --hf"):
+        find_checkpoint(tmp_path)

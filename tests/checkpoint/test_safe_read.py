@@ -1,0 +1,238 @@
+"""Nothing in a checkpoint runs, whatever was put into it; and what is read is what was written."""
+
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+
+from megatron_xmtf.checkpoint.safe_read import CheckpointReader, check_safe, read_metadata
+from megatron_xmtf.checkpoint.streamed_write import StreamedWriter, row_ranges
+from megatron_xmtf.errors import CorruptCheckpointError, MissingError
+
+WEIGHT = torch.arange(60, dtype=torch.float32).reshape(10, 6)
+
+
+class Payload:
+    """Pickles to a call that makes a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.canary,)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    with StreamedWriter(directory) as writer:
+        writer.write("weight", WEIGHT[:4], offsets=(0, 0), shape=(10, 6))
+        writer.write("weight", WEIGHT[4:, :2], offsets=(4, 0), shape=(10, 6))
+        writer.write("weight", WEIGHT[4:, 2:], offsets=(4, 2), shape=(10, 6))
+        writer.write("bias", torch.ones(3, dtype=torch.bfloat16), offsets=(0,), shape=(3,))
+        writer.finish()
+    return directory
+
+
+def load_unsafe(directory: Path) -> Metadata:
+    return pickle.loads((directory / ".metadata").read_bytes())
+
+
+def store(directory: Path, value: object) -> None:
+    (directory / ".metadata").write_bytes(pickle.dumps(value))
+
+
+def test_rows_are_read_across_chunks(checkpoint: Path) -> None:
+    check_safe(checkpoint)
+    with CheckpointReader(checkpoint) as reader:
+        assert torch.equal(reader.read("weight"), WEIGHT)
+        for rows in ((0, 0), (0, 4), (3, 6), (9, 10)):
+            assert torch.equal(reader.read("weight", rows=rows), WEIGHT[rows[0] : rows[1]])
+        assert reader.read("bias").dtype == torch.bfloat16
+        assert reader.row_parts("weight", rows=9) == [(0, 4), (4, 9)]
+        assert reader.tensors["weight"].bytes == 240
+
+
+def test_torch_reads_what_is_streamed(checkpoint: Path) -> None:
+    state = {"weight": torch.zeros(10, 6), "bias": torch.zeros(3, dtype=torch.bfloat16)}
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    assert torch.equal(state["weight"], WEIGHT) and torch.equal(state["bias"], torch.ones(3, dtype=torch.bfloat16))
+
+
+def test_what_torch_writes_is_read(tmp_path: Path) -> None:
+    dcp.save({"weight": WEIGHT, "nested": {"step": 3}}, checkpoint_id=tmp_path, no_dist=True)
+    with CheckpointReader(tmp_path) as reader:
+        assert torch.equal(reader.read("weight"), WEIGHT) and reader.read_object("nested.step") == 3
+
+
+def test_a_slice_is_stored_without_the_rest_of_its_tensor(tmp_path: Path) -> None:
+    whole = torch.zeros(1 << 16)
+    with StreamedWriter(tmp_path) as writer:
+        writer.write("slice", whole[:4], offsets=(0,), shape=(4,))
+        writer.finish()
+    assert (tmp_path / "__0_0.distcp").stat().st_size < 8192
+
+
+def test_row_ranges_cover_once() -> None:
+    assert list(row_ranges(0, 10)) == []
+    assert list(row_ranges(3, 10, chunk_bytes=1)) == [(0, 1), (1, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("where", ["whole", "planner_data", "storage_meta", "all_local_plans"])
+def test_a_crafted_metadata_does_not_run(checkpoint: Path, tmp_path: Path, where: str) -> None:
+    canary = tmp_path / "canary"
+    metadata = load_unsafe(checkpoint)
+    if where != "whole":
+        setattr(metadata, where, Payload(canary))
+    store(checkpoint, Payload(canary) if where == "whole" else metadata)
+    with pytest.raises(CorruptCheckpointError, match=r"Path\.touch|builtins.getattr|pathlib"):
+        check_safe(checkpoint)
+    assert not canary.exists()
+    load_unsafe(checkpoint)  # the control: a plain pickle.load runs it
+    assert canary.exists()
+
+
+@pytest.mark.parametrize("name", ["os.system", "torch.load", "torch.nn.Module", "builtins.eval", "torch.os.system"])
+def test_names_off_the_list_are_refused_by_name(checkpoint: Path, name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    (checkpoint / ".metadata").write_bytes(f"c{module}\n{attribute}\n.".encode())
+    with pytest.raises(CorruptCheckpointError, match=name.replace(".", r"\.")):
+        read_metadata(checkpoint)
+
+
+def test_a_dotted_name_does_not_walk_out_of_an_allowed_module(checkpoint: Path) -> None:
+    (checkpoint / ".metadata").write_bytes(b"\x80\x04\x8c\x05torch\x8c\x09os.system\x93.")
+    with pytest.raises(CorruptCheckpointError, match=r"torch\.os\.system"):
+        read_metadata(checkpoint)
+
+
+def test_a_huge_memo_index_costs_nothing(checkpoint: Path) -> None:
+    # LONG_BINPUT with index 2^29 - 1: the unpickler in C would fill a table of that length.
+    (checkpoint / ".metadata").write_bytes(b"]r\xff\xff\xff\x1f.")
+    with pytest.raises(CorruptCheckpointError, match="holds a list"):
+        read_metadata(checkpoint)
+
+
+def test_a_class_is_not_changed(checkpoint: Path) -> None:
+    name = Metadata.__module__.encode()
+    crafted = b"\x80\x02c" + name + b"\nMetadata\nN}X\x07\x00\x00\x00versionK\x01s\x86b."
+    (checkpoint / ".metadata").write_bytes(crafted)
+    with pytest.raises(CorruptCheckpointError, match="changes the class Metadata"):
+        read_metadata(checkpoint)
+    assert Metadata.version is None
+
+
+def test_a_crafted_common_file_does_not_run(checkpoint: Path, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    torch.save({"step": Payload(canary)}, checkpoint / "common.pt")
+    with pytest.raises(CorruptCheckpointError, match="common.pt is refused"):
+        check_safe(checkpoint)
+    assert not canary.exists()
+
+
+def test_a_crafted_byte_object_does_not_run(tmp_path: Path) -> None:
+    canary, directory = tmp_path / "canary", tmp_path / "checkpoint"
+    dcp.save({"state": Payload(canary)}, checkpoint_id=directory, no_dist=True)
+    torch.save({}, directory / "common.pt")
+    with pytest.raises(CorruptCheckpointError, match="state is refused"):
+        check_safe(directory)
+    assert not canary.exists()
+
+
+def set_path(metadata: Metadata) -> None:
+    for place in metadata.storage_data.values():
+        place.relative_path = "../outside.distcp"
+
+
+def set_length(metadata: Metadata) -> None:
+    metadata.storage_data[MetadataIndex("bias", (0,))].length = 1 << 40
+
+
+def set_transform(metadata: Metadata) -> None:
+    metadata.storage_data[MetadataIndex("bias", (0,))].transform_descriptors = ["stream.zstd"]
+
+
+def drop_place(metadata: Metadata) -> None:
+    del metadata.storage_data[MetadataIndex("bias", (0,))]
+
+
+def drop_chunk(metadata: Metadata) -> None:
+    metadata.state_dict_metadata["weight"].chunks.pop()
+
+
+def move_chunk(metadata: Metadata) -> None:
+    chunk = ChunkStorageMetadata(torch.Size([2]), torch.Size([3]))
+    metadata.state_dict_metadata["bias"].chunks[0] = chunk
+    metadata.storage_data[MetadataIndex("bias", (2,))] = metadata.storage_data[MetadataIndex("bias", (0,))]
+
+
+def wrong_type(metadata: Metadata) -> None:
+    metadata.state_dict_metadata["bias"] = "a string"
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (set_path, "leads outside"),
+        (set_length, "said to be at bytes"),
+        (set_transform, "stored through"),
+        (drop_place, "stored nowhere"),
+        (drop_chunk, "36 elements in all instead of 60"),
+        (move_chunk, "outside of"),
+        (wrong_type, "is a str"),
+    ],
+)
+def test_metadata_that_does_not_describe_its_files(
+    checkpoint: Path, alter: Callable[[Metadata], None], message: str
+) -> None:
+    metadata = load_unsafe(checkpoint)
+    alter(metadata)
+    store(checkpoint, metadata)
+    with pytest.raises(CorruptCheckpointError, match=message):
+        read_metadata(checkpoint)
+
+
+def test_a_chunk_of_another_shape_is_refused(checkpoint: Path) -> None:
+    metadata = load_unsafe(checkpoint)
+    other = io.BytesIO()
+    torch.save(torch.ones(5, dtype=torch.bfloat16), other)
+    place = metadata.storage_data[MetadataIndex("bias", (0,))]
+    with open(checkpoint / place.relative_path, "ab") as stream:
+        place.offset, place.length = stream.tell(), len(other.getvalue())
+        stream.write(other.getvalue())
+    store(checkpoint, metadata)
+    with CheckpointReader(checkpoint) as reader, pytest.raises(CorruptCheckpointError, match=r"\(5,\).*\(3,\)"):
+        reader.read("bias")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 20, 200])
+def test_a_truncated_metadata(checkpoint: Path, keep: int) -> None:
+    data = (checkpoint / ".metadata").read_bytes()
+    (checkpoint / ".metadata").write_bytes(data[:keep])
+    with pytest.raises(CorruptCheckpointError):
+        read_metadata(checkpoint)
+
+
+def test_random_damage_never_escapes_as_another_error(checkpoint: Path) -> None:
+    data = (checkpoint / ".metadata").read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        altered = bytearray(data)
+        position = int(torch.randint(len(data), (), generator=generator))
+        altered[position] = int(torch.randint(256, (), generator=generator))
+        (checkpoint / ".metadata").write_bytes(altered)
+        try:
+            read_metadata(checkpoint)
+        except CorruptCheckpointError:
+            continue
+
+
+def test_a_missing_metadata(tmp_path: Path) -> None:
+    with pytest.raises(MissingError):
+        read_metadata(tmp_path)
