@@ -23,6 +23,7 @@ setup(
         "tokenizers>=0.20",
         "sentencepiece>=0.2",
         "numpy>=1.26",
+        "psutil>=5.9",  # Megatron-Core's checkpoint writers; without it a save waits forever
         "safetensors>=0.4.5",
         "pydantic>=2.9",
         "pyyaml>=6",
