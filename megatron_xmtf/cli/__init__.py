@@ -19,6 +19,7 @@ __all__ = ["build_parser", "main"]
 
 VERBS: dict[str, str] = {
     # verb: module of this package
+    "quickstart": "quickstart",
     "render": "render",
     "preprocess": "preprocess",
     "merge": "merge",

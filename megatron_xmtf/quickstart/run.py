@@ -1,0 +1,242 @@
+"""The main job in miniature, stage by stage, through the same pieces that the other verbs call.
+
+CLDR -> texts, questions -> render -> tokenizer, tiny BLOOM -> preprocess -> import -> pack -> train (46 languages)
+     -> evaluate -> train (English answers to English prompts) -> evaluate -> export -> verify -> report
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_xmtf.config import ParallelConfig, load_config, write_config
+from megatron_xmtf.config.load import config_from_mapping
+from megatron_xmtf.config.schema import RunConfig
+from megatron_xmtf.conversion.huggingface import export_huggingface, import_huggingface
+from megatron_xmtf.conversion.verify import LogitsComparison, compare_logits
+from megatron_xmtf.data.mixture import open_datasets
+from megatron_xmtf.data.packing import build_packing_index, index_directory
+from megatron_xmtf.data.preprocess import preprocess
+from megatron_xmtf.data.tokenizer import Tokenizer
+from megatron_xmtf.errors import CheckpointError, ConfigError
+from megatron_xmtf.evaluation.evaluate import describe_checkpoint, evaluate_checkpoint
+from megatron_xmtf.evaluation.results import TaskResult, write_results
+from megatron_xmtf.evaluation.tasks import load_tasks
+from megatron_xmtf.files import write_json
+from megatron_xmtf.parallel.launch import joined_by_launcher, run_ranks
+from megatron_xmtf.quickstart.clock import StageClock
+from megatron_xmtf.quickstart.dataset import QuickstartData, collect_data, render_prompts
+from megatron_xmtf.quickstart.model import make_model, train_tokenizer
+from megatron_xmtf.quickstart.outcome import Outcome, build_summary, closing_words
+from megatron_xmtf.quickstart.page import write_page
+from megatron_xmtf.quickstart.plan import (
+    STAGE_BUDGETS,
+    Layout,
+    Paths,
+    Sizes,
+    choose_layout,
+    finetuning_config,
+    pretraining_config,
+)
+from megatron_xmtf.training.launch import train
+from megatron_xmtf.training.trainer import TrainingResult
+
+__all__ = ["run_quickstart"]
+
+PROBE = "What comes after March?"
+"""A question that the exported model is asked through `transformers`."""
+
+
+def run_quickstart(
+    output: Path | str, *, nproc: int = 4, sizes: Sizes | None = None, clock: StageClock | None = None
+) -> tuple[dict[str, Any], str]:
+    """Run the whole path under `output` and return what `summary.json` holds, and closing words for a user.
+
+    Args:    output: a directory that does not exist or is empty. nproc: local processes, 1, 2 or 4.
+             clock: one that has timed the stage "load" already.
+    Raises:  ConfigError: `output` is not empty, or another nproc.
+    """
+    root = Path(output).resolve()
+    if joined_by_launcher():
+        raise ConfigError("quickstart starts its own ranks (--nproc); run it without torchrun or srun.")
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ConfigError(f"--output {output} is not an empty directory; remove it or name another one.")
+    pretraining, finetuning = choose_layout(nproc)
+    clock = clock or StageClock(STAGE_BUDGETS)
+    return _Quickstart(sizes or Sizes(), Paths(root), pretraining, finetuning).run(clock)
+
+
+@dataclass
+class _Quickstart:
+    sizes: Sizes
+    paths: Paths
+    pretraining: Layout
+    finetuning: Layout
+
+    def run(self, clock: StageClock) -> tuple[dict[str, Any], str]:
+        paths, sizes = self.paths, self.sizes
+        data = self._make_data(clock)
+        num_parameters = self._make_model(clock, data)
+        with clock.stage("preprocess", "tokenise once, into memory-mapped files"):
+            for name, kind in (("pretrain", "text"), ("finetune", "pairs")):
+                self._preprocess(name, kind)
+        with clock.stage("import", "the Hugging Face model becomes a checkpoint that any parallel layout reads"):
+            _in_own_process(import_huggingface, paths.initial_hf, paths.checkpoints / "initial")
+        with clock.stage("pack", f"fit whole examples into rows of {sizes.sequence_length} tokens"):
+            self._pack("pretrain", pretraining_config(sizes, paths, self.pretraining))
+            self._pack("finetune", finetuning_config(sizes, paths, self.finetuning))
+        what = f"{sizes.pretrain_steps} steps on plain texts in {sizes.languages} languages at {self.pretraining}"
+        with clock.stage("pretrain", what):
+            pretrained = self._train("pretrain", self.pretraining)
+        with clock.stage("hand over", "export the pretrained model, import it as anybody's Hugging Face model"):
+            _in_own_process(export_huggingface, paths.run("pretrain"), paths.pretrained_hf)
+            _in_own_process(import_huggingface, paths.pretrained_hf, paths.checkpoints / "pretrained")
+        with clock.stage("evaluate before", f"English prompts, {sizes.languages} languages, at {self.finetuning}"):
+            before = self._evaluate(paths.checkpoints / "pretrained", "evaluation_before")
+        what = f"{sizes.finetune_steps} steps on English prompts and English answers alone at {self.finetuning}"
+        with clock.stage("finetune", what):
+            finetuned = self._train("finetune", self.finetuning)
+        with clock.stage("evaluate after", "the same questions"):
+            after = self._evaluate(paths.run("finetune"), "evaluation_after")
+        with clock.stage("export", "the checkpoint becomes a Hugging Face model"):
+            _in_own_process(export_huggingface, paths.run("finetune"), paths.hf)
+        with clock.stage("verify", "open it in transformers, compare logits with our engine's"):
+            logits, answer = self._verify()
+        outcome = Outcome(
+            sizes=sizes,
+            paths=paths,
+            pretraining_layout=self.pretraining,
+            finetuning_layout=self.finetuning,
+            num_parameters=num_parameters,
+            facts=data.facts,
+            pretrained=pretrained,
+            finetuned=finetuned,
+            before=before,
+            after=after,
+            logits=logits,
+            probe=(PROBE, answer),
+        )
+        with clock.stage("report", "report.html and summary.json"):
+            write_page(outcome, clock)
+        summary = build_summary(outcome, clock)
+        write_json(paths.root / "summary.json", summary)
+        return summary, closing_words(outcome, clock)
+
+    def _make_data(self, clock: StageClock) -> QuickstartData:
+        with clock.stage("facts", "what CLDR says in each language, as texts and questions"):
+            data = collect_data(self.sizes, self.paths)
+            print(
+                f"        {len(data.facts)} languages, {len(data.texts):,} texts; {len(data.training):,} English "
+                f"questions to finetune on, {len(data.evaluation):,} to evaluate"
+            )
+        with clock.stage("render", "questions x English prompt templates"):
+            print(f"        {render_prompts(data, self.paths):,} records")
+        return data
+
+    def _make_model(self, clock: StageClock, data: QuickstartData) -> int:
+        with clock.stage("model", "a byte-level BPE tokenizer, a random tiny BLOOM"):
+            prompts = [line for name in ("finetune",) for line in _inputs(self.paths.data / f"{name}.jsonl")]
+            train_tokenizer([*data.texts, *prompts], self.paths.tokenizer, vocab_size=self.sizes.vocab_size)
+            arguments = (self.paths.tokenizer, self.paths.initial_hf, self.sizes)
+            num_parameters: int = _in_own_process(make_model, *arguments)
+            print(f"        {self.sizes.vocab_size:,} tokens, {num_parameters:,} parameters")
+        return num_parameters
+
+    def _preprocess(self, name: str, kind: Any) -> None:
+        manifest = preprocess(
+            [self.paths.data / f"{name}.jsonl"],
+            tokenizer=self.paths.tokenizer,
+            output_prefix=self.paths.data / name,
+            kind=kind,
+        )
+        print(f"        {name}: {manifest['counts']['kept']:,} examples, {sum(manifest['tokens'].values()):,} tokens")
+
+    def _pack(self, name: str, values: dict[str, Any]) -> None:
+        """Write a run's configuration and build the packing index that it reads."""
+        config = config_from_mapping(values, RunConfig, source=f"the quickstart's {name}.yaml")
+        write_config(config, self.paths.config(name))
+        index = build_packing_index(
+            open_datasets(config.data.train),
+            data=config.data,
+            sequence_length=config.batch.sequence_length,
+            rows_needed=config.train_steps * config.batch.global_batch_size,
+            seed=config.seed,
+            directory=index_directory(config),
+        )
+        statistics = index.statistics
+        print(f"        {name}: {statistics['rows']:,} rows, {100 * statistics['fill_fraction']:.1f} % full")
+
+    def _train(self, name: str, layout: Layout) -> TrainingResult:
+        result = train(load_config(self.paths.config(name)), nproc=layout.world_size)
+        assert result is not None, "this process is no rank of a launcher's job"
+        return result
+
+    def _evaluate(self, checkpoint: Path, name: str) -> list[TaskResult]:
+        results = evaluate_checkpoint(
+            checkpoint,
+            load_tasks([self.paths.tasks]),
+            parallel=_parallel_config(self.finetuning),
+            world_size=self.finetuning.world_size,
+        )
+        write_results(self.paths.root / name / "results.json", describe_checkpoint(checkpoint), results)
+        return results
+
+    def _verify(self) -> tuple[LogitsComparison, str]:
+        checkpoint = describe_checkpoint(self.paths.run("finetune")).model
+        logits = compare_logits(
+            checkpoint,
+            self.paths.hf,
+            parallel=_parallel_config(self.finetuning),
+            world_size=self.finetuning.world_size,
+        )
+        if not logits.within_tolerance:
+            raise CheckpointError(
+                f"{self.paths.hf} and {checkpoint} differ by {logits.max_abs_difference:.3g} in a logit, limit "
+                f"{logits.limit:.3g}: the export is not the model that was trained. Please report this."
+            )
+        answer: str = _in_own_process(_ask_transformers, self.paths.hf, PROBE)
+        print(f"        largest difference of a logit {logits.max_abs_difference:.2g}; {PROBE!r} -> {answer!r}")
+        return logits, answer
+
+
+def _in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function that runs torch in a forked process: torch's threads here would not survive the next fork."""
+    return run_ranks(function, world_size=1, arguments=arguments)[0]
+
+
+def _parallel_config(layout: Layout) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+    )
+
+
+def _inputs(path: Path) -> list[str]:
+    import json
+
+    return [json.loads(line)["inputs"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _ask_transformers(directory: Path, prompt: str) -> str:
+    """Open the exported directory as any user does, and continue a prompt.
+
+    Raises:  CheckpointError: `AutoTokenizer` and ours give other ids.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
+    ids = tokenizer(prompt)["input_ids"]
+    if ids != Tokenizer.load(directory).encode_batch([prompt])[0]:
+        raise CheckpointError(f"AutoTokenizer reads {directory} in another way than preprocessing did: {ids}.")
+    with torch.no_grad():
+        continued = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=8,
+            do_sample=False,
+        )
+    return str(tokenizer.decode(continued[0][len(ids) :], skip_special_tokens=True)).strip()
