@@ -8,10 +8,28 @@ from typing import Protocol
 
 from megatron_xmtf.errors import NonFiniteError
 
-__all__ = ["Backend", "Pair", "ignore_progress", "require_finite"]
+__all__ = ["Backend", "Pair", "ignore_progress", "logits_at_once", "require_finite"]
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of the inputs and of the target behind them, neither empty."""
+
+
+LOGITS_ON_CPU = 1 << 22
+"""Logits computed at once, 16 MiB in fp32. Measured on 2 cores, 1 M parameters, 2,048 words: from 2^21 to 2^24 within
+10 %, twice as slow at 2^26 (pages that are touched once)."""
+LOGITS_ON_GPU = 1 << 28
+"""1 GiB in fp32."""
+FEWEST_TOKENS = 512
+"""Tokens read at once however large the vocabulary: below it a matrix product is too thin."""
+
+
+def logits_at_once(vocab_size: int, *, on_gpu: bool) -> int:
+    """Return how many logits a rank computes at once; results do not depend on it.
+
+    >>> logits_at_once(2048, on_gpu=False) // 2048, logits_at_once(250880, on_gpu=False) // 250880
+    (2048, 512)
+    """
+    return max(LOGITS_ON_GPU if on_gpu else LOGITS_ON_CPU, FEWEST_TOKENS * vocab_size)
 
 
 def ignore_progress(count: int) -> None:

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from megatron_xmtf.errors import CheckpointError
-from megatron_xmtf.evaluation.backend import Pair, ignore_progress, require_finite
+from megatron_xmtf.evaluation.backend import Pair, ignore_progress, logits_at_once, require_finite
 from megatron_xmtf.files import require_directory, require_file
 
 __all__ = ["HuggingFaceBackend"]
 
-LOGITS_PER_BATCH = 1 << 26
-"""Logits computed at once, 256 MiB in fp32: 268 tokens of BLOOM's 250,880 words, 128 Ki tokens of 512 words."""
 PROMPTS_PER_BATCH = 32
 """Prompts continued at once."""
 
@@ -25,13 +23,14 @@ PROMPTS_PER_BATCH = 32
 class HuggingFaceBackend:
     """A decoder-only transformers model in evaluation mode, on the GPU where there is one.
 
-    Args:  model: AutoModelForCausalLM. logits_per_batch: bound of memory; results do not depend on it.
+    Args:  model: AutoModelForCausalLM. logits_per_batch: bound of memory, default by device.
     """
 
-    def __init__(self, model: Any, *, logits_per_batch: int = LOGITS_PER_BATCH) -> None:
+    def __init__(self, model: Any, *, logits_per_batch: int | None = None) -> None:
         self.model = model.eval()
-        self.logits_per_batch = logits_per_batch
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        on_gpu = model.device.type == "cuda"
+        self.logits_per_batch = logits_per_batch or logits_at_once(self.vocab_size, on_gpu=on_gpu)
         self.max_length: int | None = model.config.to_dict().get("max_position_embeddings")
 
     @staticmethod

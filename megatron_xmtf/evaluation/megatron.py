@@ -21,13 +21,11 @@ from torch import Tensor
 
 from megatron_xmtf.data.batch import Batch, build_batch
 from megatron_xmtf.data.rows import Row, empty_row, pack_examples
-from megatron_xmtf.evaluation.backend import Pair, ignore_progress, require_finite
-from megatron_xmtf.models.forward import run_forward, run_logits
+from megatron_xmtf.evaluation.backend import Pair, ignore_progress, logits_at_once, require_finite
+from megatron_xmtf.models.forward import device_of, run_forward, run_logits
 
 __all__ = ["MegatronBackend"]
 
-LOGITS_PER_BATCH = 1 << 26
-"""Logits that a rank computes at once, 256 MiB in fp32."""
 ROW_TOKENS = 256
 """Tokens of a row where no pair is longer: attention's cost per token grows with the row."""
 ROW_MULTIPLE = 64
@@ -40,14 +38,15 @@ class MegatronBackend:
     """A model that is split over ranks.
 
     Args:  chunks: this rank's, of `build_model`, with weights. pad_id: token that fills rows.
-           logits_per_batch: bound of memory; results do not depend on it.
+           logits_per_batch: that a rank computes at once; a bound of memory, default by device.
     """
 
-    def __init__(
-        self, chunks: Sequence[torch.nn.Module], *, pad_id: int, logits_per_batch: int = LOGITS_PER_BATCH
-    ) -> None:
-        self.chunks, self.pad_id, self.logits_per_batch = list(chunks), pad_id, logits_per_batch
+    def __init__(self, chunks: Sequence[torch.nn.Module], *, pad_id: int, logits_per_batch: int | None = None) -> None:
+        self.chunks, self.pad_id = list(chunks), pad_id
         self.vocab_size = int(unwrap_model(self.chunks[0]).architecture.vocab_size)
+        local_words = -(-self.vocab_size // parallel_state.get_tensor_model_parallel_world_size())
+        on_gpu = device_of(self.chunks).type == "cuda"
+        self.logits_per_batch = logits_per_batch or logits_at_once(local_words, on_gpu=on_gpu)
         self.max_length: int | None = None  # ALiBi has no last position
 
     def score(self, pairs: Sequence[Pair], *, advance: Callable[[int], None] = ignore_progress) -> list[float]:

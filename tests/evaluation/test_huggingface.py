@@ -36,18 +36,18 @@ def scores_one_by_one(directory: Path, pairs) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def backend(tiny_bloom: Path) -> HuggingFaceBackend:
-    return HuggingFaceBackend.load(tiny_bloom)
+def backend(tiny_hf: Path) -> HuggingFaceBackend:
+    return HuggingFaceBackend.load(tiny_hf)
 
 
-def test_scores_equal_transformers_without_padding(tiny_bloom: Path, backend: HuggingFaceBackend) -> None:
+def test_scores_equal_transformers_without_padding(tiny_hf: Path, backend: HuggingFaceBackend) -> None:
     pairs = random_pairs(60, backend.vocab_size)
-    expected = scores_one_by_one(tiny_bloom, pairs)
+    expected = scores_one_by_one(tiny_hf, pairs)
     assert max(expected) - min(expected) > 5, "the model is too flat to tell right from wrong"
     assert backend.score(pairs) == pytest.approx(expected, abs=1e-4)
 
 
-def test_scores_do_not_depend_on_batch_size_order_or_padding(tiny_bloom: Path, backend: HuggingFaceBackend) -> None:
+def test_scores_do_not_depend_on_batch_size_order_or_padding(tiny_hf: Path, backend: HuggingFaceBackend) -> None:
     pairs = random_pairs(40, backend.vocab_size, seed=1)
     expected = backend.score(pairs)
     alone = HuggingFaceBackend(backend.model, logits_per_batch=1)
@@ -63,10 +63,10 @@ def test_progress_counts_every_pair(backend: HuggingFaceBackend) -> None:
     assert sum(seen) == 9 and len(seen) > 1
 
 
-def test_generation_equals_transformers_one_by_one(tiny_bloom: Path, backend: HuggingFaceBackend) -> None:
+def test_generation_equals_transformers_one_by_one(tiny_hf: Path, backend: HuggingFaceBackend) -> None:
     prompts = [inputs for inputs, _ in random_pairs(12, backend.vocab_size, seed=3)]
-    model = AutoModelForCausalLM.from_pretrained(tiny_bloom).eval()
-    eos_id = Tokenizer.load(tiny_bloom).eos_id
+    model = AutoModelForCausalLM.from_pretrained(tiny_hf).eval()
+    eos_id = Tokenizer.load(tiny_hf).eos_id
     greedy = GenerationConfig(do_sample=False, max_new_tokens=9, eos_token_id=eos_id, pad_token_id=eos_id)
     expected = []
     for prompt in prompts:
@@ -84,34 +84,34 @@ def test_generation_stops_at_eos(backend: HuggingFaceBackend) -> None:
     assert backend.generate([prompt], max_new_tokens=6, eos_id=fake_eos) == [free[: free.index(fake_eos)]]
 
 
-def test_sampling_settings_of_the_directory_are_ignored(tiny_bloom: Path, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_bloom)
+def test_sampling_settings_of_the_directory_are_ignored(tiny_hf: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_hf)
     model.generation_config = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=9.0)
     model.save_pretrained(tmp_path)
-    plain = HuggingFaceBackend.load(tiny_bloom).generate([[40, 41]], max_new_tokens=8, eos_id=2)
+    plain = HuggingFaceBackend.load(tiny_hf).generate([[40, 41]], max_new_tokens=8, eos_id=2)
     assert HuggingFaceBackend.load(tmp_path).generate([[40, 41]], max_new_tokens=8, eos_id=2) == plain
 
 
-def test_missing_weights_are_an_error_not_random(tiny_bloom: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_an_error_not_random(tiny_hf: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    (tmp_path / "config.json").write_bytes((tiny_bloom / "config.json").read_bytes())
+    (tmp_path / "config.json").write_bytes((tiny_hf / "config.json").read_bytes())
     with pytest.raises(CheckpointError, match="cannot be read"):
         HuggingFaceBackend.load(tmp_path)
-    weights = load_file(tiny_bloom / "model.safetensors")
+    weights = load_file(tiny_hf / "model.safetensors")
     weights.pop("transformer.h.1.mlp.dense_4h_to_h.weight")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="lacks 1 weights.*dense_4h_to_h"):
         HuggingFaceBackend.load(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes((tiny_bloom / "model.safetensors").read_bytes()[:1000])
+    (tmp_path / "model.safetensors").write_bytes((tiny_hf / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="cannot be read"):
         HuggingFaceBackend.load(tmp_path)
     with pytest.raises(MissingError):
         HuggingFaceBackend.load(tmp_path / "nowhere")
 
 
-def test_nan_is_reported(tiny_bloom: Path) -> None:
-    backend = HuggingFaceBackend.load(tiny_bloom)
+def test_nan_is_reported(tiny_hf: Path) -> None:
+    backend = HuggingFaceBackend.load(tiny_hf)
     with torch.no_grad():
         backend.model.transformer.ln_f.bias[0] = float("nan")
     with pytest.raises(NonFiniteError, match="1 of 1"):

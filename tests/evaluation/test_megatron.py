@@ -1,13 +1,13 @@
 """The parallel engine against transformers: scores and greedy answers at every layout, packed against unpacked."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_xmtf.cli import main
 from megatron_xmtf.config import ParallelConfig
-from megatron_xmtf.conversion.huggingface import import_huggingface
 from megatron_xmtf.data.tokenizer import Tokenizer
 from megatron_xmtf.errors import NonFiniteError, RankFailedError
 from megatron_xmtf.evaluation import evaluate as evaluation
@@ -15,7 +15,6 @@ from megatron_xmtf.evaluation.evaluate import evaluate_checkpoint, evaluate_hugg
 from megatron_xmtf.evaluation.huggingface import HuggingFaceBackend
 from megatron_xmtf.evaluation.tasks import load_tasks
 from megatron_xmtf.parallel.launch import run_ranks
-from tests.evaluation.conftest import write_tiny_bloom
 from tests.evaluation.test_huggingface import random_pairs, scores_one_by_one
 
 TP, PP, SP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel"
@@ -23,12 +22,9 @@ VPP = "virtual_pipeline_model_parallel_size"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def model(tiny_hf: Path, tiny_checkpoint: Path) -> tuple[Path, Path]:
     """The same four-layer model as a Hugging Face directory and as a checkpoint."""
-    directory = tmp_path_factory.mktemp("model")
-    hf = write_tiny_bloom(directory / "hf", num_layers=4)
-    import_huggingface(hf, directory / "checkpoint")
-    return hf, directory / "checkpoint"
+    return tiny_hf, tiny_checkpoint
 
 
 def ask(pairs, prompts, settings, *, backend, tokenizer, show_progress):
@@ -93,6 +89,28 @@ def test_checkpoint_and_directory_give_the_same_results(model: tuple[Path, Path]
     assert main(["evaluate", "--checkpoint", str(checkpoint), *arguments, "--tensor-model-parallel-size", "2"]) == 0
     written = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert written["step"] == 0 and written["config_hash"] is None and len(written["results"]) == 2
+
+
+def test_a_run_is_asked_the_tasks_of_its_configuration(
+    model: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model[1], tmp_path / "run" / "checkpoints" / "step_0000020")
+    (tmp_path / "days.jsonl").write_text('{"inputs": "Monday", "targets": "a", "choices": ["a", "b"]}\n')
+    (tmp_path / "tasks.yaml").write_text("- {name: days, language: en, records: days.jsonl}\n")
+    config = {
+        "model": str(model[1]),
+        "output": str(tmp_path / "run"),
+        "data": {"train": [{"prefix": "unused"}]},
+        "schedule": {"train_steps": 1},
+        "parallel": {PP: 2},
+    }
+    (tmp_path / "train.json").write_text(json.dumps(config))  # JSON is YAML
+    arguments = ["evaluate", str(tmp_path / "train.json")]
+    assert main(arguments) == 2
+    assert "evaluation.tasks names no task file" in capsys.readouterr().err
+    assert main([*arguments, f"evaluation.tasks=[{tmp_path / 'tasks.yaml'}]"]) == 0
+    written = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text(encoding="utf-8"))
+    assert written["model"].endswith("step_0000020") and written["results"][0]["n"] == 1
 
 
 def test_impossible_sizes_and_verbs_on_a_checkpoint(

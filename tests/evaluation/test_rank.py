@@ -56,15 +56,15 @@ def predictions(directory: Path, examples: list[EvaluationExample], settings: Ta
 
 
 @pytest.mark.parametrize("eos", [False, True])
-def test_answers_equal_transformers_with_unequal_numbers_of_choices(tiny_bloom: Path, eos: bool) -> None:
+def test_answers_equal_transformers_with_unequal_numbers_of_choices(tiny_hf: Path, eos: bool) -> None:
     settings = SETTINGS.model_copy(update={"score_eos": eos})
-    assert predictions(tiny_bloom, EXAMPLES, settings) == predictions_with_transformers(tiny_bloom, EXAMPLES, eos=eos)
+    assert predictions(tiny_hf, EXAMPLES, settings) == predictions_with_transformers(tiny_hf, EXAMPLES, eos=eos)
 
 
-def test_order_of_choices_and_examples_changes_no_answer(tiny_bloom: Path) -> None:
+def test_order_of_choices_and_examples_changes_no_answer(tiny_hf: Path) -> None:
     rng = random.Random(0)
     shuffled = [replace(one, choices=tuple(rng.sample(one.choices, len(one.choices)))) for one in EXAMPLES[::-1]]
-    assert predictions(tiny_bloom, shuffled, SETTINGS)[::-1] == predictions(tiny_bloom, EXAMPLES, SETTINGS)
+    assert predictions(tiny_hf, shuffled, SETTINGS)[::-1] == predictions(tiny_hf, EXAMPLES, SETTINGS)
 
 
 def test_ties_go_to_the_first_and_normalization_divides() -> None:
@@ -76,27 +76,27 @@ def test_ties_go_to_the_first_and_normalization_divides() -> None:
     assert best_choices(ranked, [-2.0, -2.0, -2.0], normalization="characters") == [1]
 
 
-def test_prefix_is_a_setting_and_whitespace_stands_as_it_is(tiny_bloom: Path) -> None:
-    tokenizer = Tokenizer.load(tiny_bloom)
+def test_prefix_is_a_setting_and_whitespace_stands_as_it_is(tiny_hf: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_hf)
     for prefix in ("", " "):
         settings = SETTINGS.model_copy(update={"target_prefix": prefix})
         ranked = build_pairs(EXAMPLES[:1], settings=settings, tokenizer=tokenizer, max_length=None)
         assert [tokenizer.decode(target) for _, target in ranked.pairs] == [prefix + c for c in EXAMPLES[0].choices]
 
 
-def test_long_inputs_lose_the_same_tokens_on_the_left_for_every_choice(tiny_bloom: Path) -> None:
-    tokenizer = Tokenizer.load(tiny_bloom)
+def test_long_inputs_lose_the_same_tokens_on_the_left_for_every_choice(tiny_hf: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_hf)
     long = example("Monday Tuesday " * 20, ("Friday", "Wednesday Thursday Friday"))
-    ranked = build_pairs([EXAMPLES[0], long], settings=SETTINGS, tokenizer=tokenizer, max_length=30)
+    ranked = build_pairs([EXAMPLES[0], long], settings=SETTINGS, tokenizer=tokenizer, max_length=60)
     assert ranked.truncated == {1}
     (first, _), (second, longest) = ranked.pairs[-2:]
-    assert first == second == tokenizer.encode_batch([long.inputs])[0][-(30 - len(longest)) :]
-    assert max(len(inputs) + len(target) for inputs, target in ranked.pairs) == 30
+    assert first == second == tokenizer.encode_batch([long.inputs])[0][-(60 - len(longest)) :]
+    assert max(len(inputs) + len(target) for inputs, target in ranked.pairs) == 60
     with pytest.raises(RecordError, match=r"days.jsonl:1.*shorten the choice"):
         build_pairs([long], settings=SETTINGS, tokenizer=tokenizer, max_length=2)
 
 
-def test_scores_are_log_probabilities_over_all_single_tokens(tiny_bloom: Path) -> None:
-    backend = HuggingFaceBackend.load(tiny_bloom)
+def test_scores_are_log_probabilities_over_all_single_tokens(tiny_hf: Path) -> None:
+    backend = HuggingFaceBackend.load(tiny_hf)
     scores = backend.score([([40, 41], [token]) for token in range(backend.vocab_size)])
     assert math.fsum(map(math.exp, scores)) == pytest.approx(1.0, abs=1e-5)
