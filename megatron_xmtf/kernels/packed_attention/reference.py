@@ -55,14 +55,15 @@ def packed_bias(segment_ids: Tensor, slopes: Tensor) -> Tensor:
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *, dropout: float = 0.0) -> Tensor:
-    """Attend with scores and softmax in fp32.
+    """Attend with scores and softmax in fp32 (in fp64 for fp64 inputs, the oracle of tests).
 
     Args:    query, key, value: [s, b, n, d], this rank's heads. bias: fp32 [b, n, s, s]. dropout: of probabilities.
     Returns: [s, b, n * d], dtype of `query`.
     """
     sequence, batch, heads, head_dim = query.shape
     q_bnsd, k_bnsd, v_bnsd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-    scores = (q_bnsd.float() @ k_bnsd.float().transpose(-1, -2)) * head_dim**-0.5 + bias
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = (q_bnsd.to(wide) @ k_bnsd.to(wide).transpose(-1, -2)) * head_dim**-0.5 + bias
     probabilities = torch.softmax(scores, dim=-1)
     if dropout > 0.0:
         probabilities = torch.dropout(probabilities, dropout, train=True)
