@@ -1,0 +1,234 @@
+"""Packed ALiBi attention against `transformers` segment by segment, a loop in float64, and its own reference."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BloomConfig
+from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
+
+from megatron_xmtf.errors import ConfigError
+from megatron_xmtf.kernels.packed_attention import choose_packed_attention, reference, sdpa
+from megatron_xmtf.kernels.packed_attention.reference import alibi_slopes, packed_bias
+
+SEGMENT_IDS = torch.tensor(
+    [
+        [1] * 5 + [2] * 1 + [3] * 9 + [0] * 5,
+        [1] * 20,
+    ]
+)
+"""[b, s]: a row with a segment of one token and padding, and a full one."""
+HEADS, HEAD_DIM = 3, 8
+IMPLEMENTATIONS = {"reference": reference.packed_attention, "sdpa": sdpa.packed_attention}
+
+
+def random_qkv(dtype: torch.dtype, *, seed: int = 0, heads: int = HEADS) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query, key, value [s, b, n, d]; drawn in float64, so that every precision gets the same numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, sequence = SEGMENT_IDS.shape
+    shape = (3, sequence, batch, heads, HEAD_DIM)
+    query, key, value = torch.randn(shape, generator=generator, dtype=torch.float64).to(torch.float32).to(dtype)
+    return query, key, value
+
+
+def attend_by_hand(query: Tensor, key: Tensor, value: Tensor, segment_ids: Tensor, slopes: Tensor) -> Tensor:
+    """Oracle: one query at a time, over the keys of its segment that are not later; float64 [s, b, n * d]."""
+    query, key, value = query.double(), key.double(), value.double()
+    sequence, batch, heads, head_dim = query.shape
+    contexts = []
+    for q in range(sequence):
+        for b in range(batch):
+            keys = [k for k in range(q + 1) if segment_ids[b, k] == segment_ids[b, q]]
+            for n in range(heads):
+                scores = torch.stack(
+                    [query[q, b, n] @ key[k, b, n] / math.sqrt(head_dim) - slopes[n].double() * (q - k) for k in keys]
+                )
+                contexts.append(torch.softmax(scores, dim=0) @ value[keys, b, n])
+    return torch.stack(contexts).view(sequence, batch, heads * head_dim)
+
+
+def worst(found: Tensor, expected: Tensor) -> float:
+    return float((found.detach().double() - expected.detach().double()).abs().max())
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 7, 12, 16, 112])
+def test_slopes_equal_those_of_transformers(heads: int) -> None:
+    alibi = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)  # slope * position, so slope at position 1
+    # transformers raises a rounded fp32 base to the power, we take powers in float64: a few roundings apart.
+    torch.testing.assert_close(alibi_slopes(heads), alibi[:, 0, 1], rtol=1e-6, atol=0.0)
+    assert alibi_slopes(heads).dtype == torch.float32
+
+
+def test_slopes_of_a_power_of_two_and_between() -> None:
+    assert alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
+    # BLOOM-176B has 112 heads: 64 of them of a power of two, then every second slope of 128 heads.
+    slopes = alibi_slopes(112)
+    assert slopes[:64].tolist() == [float(torch.tensor(2.0 ** (-i / 8))) for i in range(1, 65)]
+    assert slopes[64:].tolist() == [float(torch.tensor(2.0 ** (-i / 16))) for i in range(1, 97, 2)]
+
+
+def test_the_worked_example_of_the_bias() -> None:
+    bias = packed_bias(torch.tensor([[1, 1, 1, 2, 2, 0]]), torch.tensor([0.5]))
+    infinite = float("-inf")
+    assert bias.shape == (1, 1, 6, 6) and bias.dtype == torch.float32
+    assert bias[0, 0, 4].tolist() == [infinite, infinite, infinite, -0.5, 0.0, infinite]
+    assert bias[0, 0, 2].tolist() == [-1.0, -0.5, 0.0, infinite, infinite, infinite]
+    assert bias[0, 0, 5].tolist() == [infinite] * 5 + [0.0]
+
+
+def test_the_bias_is_exact_far_from_the_query() -> None:
+    # bf16 holds integers up to 256 only: 299 would become 300.
+    bias = packed_bias(torch.ones(1, 300, dtype=torch.int64), torch.tensor([0.25]))
+    assert bias[0, 0, 299].tolist() == [-0.25 * (299 - key) for key in range(300)]
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_each_segment_equals_transformers_alone(name: str) -> None:
+    torch.manual_seed(0)
+    hidden_size = HEADS * HEAD_DIM
+    theirs = BloomAttention(BloomConfig(hidden_size=hidden_size, n_head=HEADS, n_layer=1), layer_idx=0).eval()
+    with torch.no_grad():
+        theirs.query_key_value.weight.normal_(std=0.5)
+        theirs.dense.weight.copy_(torch.eye(hidden_size))
+        theirs.dense.bias.zero_()
+    batch, sequence = SEGMENT_IDS.shape
+    hidden = torch.randn(batch, sequence, hidden_size)
+    with torch.no_grad():
+        fused = theirs.query_key_value(hidden).view(batch, sequence, HEADS, 3, HEAD_DIM).transpose(0, 1)
+        query, key, value = fused.unbind(dim=3)  # [s, b, n, d]
+        ours = IMPLEMENTATIONS[name](query, key, value, packed_bias(SEGMENT_IDS, alibi_slopes(HEADS)))
+        for b in range(batch):
+            for segment in range(1, int(SEGMENT_IDS[b].max()) + 1):
+                places = (SEGMENT_IDS[b] == segment).nonzero().flatten()
+                length = len(places)
+                alone = hidden[b, places][None]
+                causal = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
+                alibi = build_alibi_tensor(torch.ones(1, length), HEADS, torch.float32)
+                expected, _ = theirs(alone, torch.zeros_like(alone), alibi, causal)
+                assert worst(ours[places, b], expected[0]) < 1e-5
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_equals_a_loop_in_float64(name: str) -> None:
+    query, key, value = random_qkv(torch.float64)
+    slopes = alibi_slopes(HEADS)
+    expected = attend_by_hand(query, key, value, SEGMENT_IDS, slopes)
+    found = IMPLEMENTATIONS[name](query, key, value, packed_bias(SEGMENT_IDS, slopes.double()))
+    assert found.dtype == torch.float64
+    assert worst(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("fault", "broken"),
+    [
+        ("flipped ALiBi", lambda segment_ids, slopes: packed_bias(segment_ids, -slopes)),
+        ("leaked segment", lambda segment_ids, slopes: packed_bias(torch.ones_like(segment_ids), slopes)),
+        ("heads in another order", lambda segment_ids, slopes: packed_bias(segment_ids, slopes.flip(0))),
+    ],
+)
+def test_a_deliberate_fault_is_seen(fault: str, broken: Callable[[Tensor, Tensor], Tensor]) -> None:
+    query, key, value = random_qkv(torch.float64)
+    slopes = alibi_slopes(HEADS)
+    expected = attend_by_hand(query, key, value, SEGMENT_IDS, slopes)
+    found = reference.packed_attention(query, key, value, broken(SEGMENT_IDS, slopes.double()))
+    assert worst(found, expected) > 0.01, fault
+
+
+def outputs_and_gradients(attention: Callable[..., Tensor], dtype: torch.dtype, seed: int) -> list[Tensor]:
+    """Return the context and the gradients of query, key and value for a random cotangent."""
+    query, key, value = (tensor.requires_grad_() for tensor in random_qkv(dtype, seed=seed))
+    slopes = alibi_slopes(HEADS)
+    bias = packed_bias(SEGMENT_IDS, slopes.double() if dtype == torch.float64 else slopes)
+    context = attention(query, key, value, bias)
+    cotangent = torch.randn(context.shape, generator=torch.Generator().manual_seed(seed + 100), dtype=torch.float64)
+    return [context, *torch.autograd.grad(context, (query, key, value), cotangent.to(torch.bfloat16).to(dtype))]
+
+
+def test_sdpa_is_at_most_twice_as_far_from_float64_as_the_reference() -> None:
+    errors: dict[str, list[float]] = {name: [0.0] * 4 for name in IMPLEMENTATIONS}
+    for seed in range(5):
+        exact = outputs_and_gradients(reference.packed_attention, torch.float64, seed)
+        for name, attention in IMPLEMENTATIONS.items():
+            found = outputs_and_gradients(attention, torch.float32, seed)
+            assert all(tensor.dtype == torch.float32 for tensor in found)
+            errors[name] = [max(pair) for pair in zip(errors[name], map(worst, found, exact), strict=True)]
+    for what, ours, theirs in zip(
+        ("context", "d query", "d key", "d value"), errors["sdpa"], errors["reference"], strict=True
+    ):
+        assert 0 < theirs < 1e-5, what
+        assert ours <= 2 * theirs, what
+
+
+def test_half_precision_loses_no_more_than_its_inputs_do() -> None:
+    exact = outputs_and_gradients(reference.packed_attention, torch.float64, 0)
+    for found, expected in zip(
+        outputs_and_gradients(reference.packed_attention, torch.bfloat16, 0), exact, strict=True
+    ):
+        assert found.dtype == torch.bfloat16
+        # Inputs are rounded to 8 bits (relative 2^-9 each), context and probabilities once more.
+        assert worst(found, expected) < 2**-5 * float(expected.abs().max())
+
+
+def test_gradients_of_the_reference_are_those_of_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 5, 1, 2, 3, generator=generator, dtype=torch.float64).unbind()
+    bias = packed_bias(torch.tensor([[1, 1, 2, 2, 0]]), alibi_slopes(2).double())
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: reference.packed_attention(q, k, v, bias), [tensor.requires_grad_() for tensor in inputs]
+    )
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_segment_neither_sees_nor_moves_another(name: str) -> None:
+    bias = packed_bias(SEGMENT_IDS, alibi_slopes(HEADS))
+    query, key, value = (tensor.requires_grad_() for tensor in random_qkv(torch.float32))
+    own = SEGMENT_IDS[0] == 3
+    context = IMPLEMENTATIONS[name](query, key, value, bias)
+    gradients = torch.autograd.grad(context[own, 0].sum(), (query, key, value))
+    for gradient in gradients:
+        assert gradient[own, 0].abs().sum() > 0
+        assert torch.count_nonzero(gradient[~own, 0]) == 0
+        assert torch.count_nonzero(gradient[:, 1]) == 0
+    with torch.no_grad():
+        key[~own, 0] += 100.0
+        value[~own, 0] += 100.0
+        changed = IMPLEMENTATIONS[name](query, key, value, bias)
+    assert torch.equal(changed[own, 0], context[own, 0])
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_padding_gives_no_nan(name: str) -> None:
+    query, key, value = (tensor.requires_grad_() for tensor in random_qkv(torch.float32))
+    bias = packed_bias(torch.zeros_like(SEGMENT_IDS), alibi_slopes(HEADS))
+    context = IMPLEMENTATIONS[name](query, key, value, bias)
+    gradients = torch.autograd.grad(context.sum(), (query, key, value))
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in (context, *gradients))
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_dropout_drops_and_keeps_the_mean(name: str) -> None:
+    torch.manual_seed(0)
+    query, key, value = random_qkv(torch.float32, heads=64)
+    bias = packed_bias(SEGMENT_IDS, alibi_slopes(64))
+    context = IMPLEMENTATIONS[name](query, key, torch.ones_like(value), bias, dropout=0.3)
+    assert context.std() > 0.1
+    assert abs(float(context.mean()) - 1.0) < 0.1
+
+
+def test_auto_is_sdpa_in_fp32_and_the_reference_in_half_precision(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert choose_packed_attention("auto", precision="fp32") is sdpa.packed_attention
+    assert "packed attention: sdpa" in caplog.text
+    assert choose_packed_attention("auto", precision="bf16") is reference.packed_attention
+    assert choose_packed_attention("reference", precision="fp32") is reference.packed_attention
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_wish_that_would_round_the_bias_is_refused(precision: str) -> None:
+    with pytest.raises(ConfigError, match=f"needs precision=fp32, it is {precision}.*Use auto or reference"):
+        choose_packed_attention("sdpa", precision=precision)  # type: ignore[arg-type]
