@@ -39,8 +39,7 @@ section { border-top: 1px solid var(--line); margin-top: 28px; padding-top: 22px
 .tile small { display: block; color: var(--soft); font-size: 13px; line-height: 1.35; margin-top: 2px; }
 .scroll { overflow: auto; max-height: 70vh; margin: 12px 0; border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 12px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top;
-  overflow-wrap: anywhere; }
+th, td { padding: 5px 12px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { position: sticky; top: 0; background: var(--wash); font-weight: 600; white-space: nowrap; }
 tr:last-child td { border-bottom: 0; }
 tbody tr:hover td { background: #fafbfc; }
