@@ -1,0 +1,168 @@
+"""Save at one layout, go on at another: the curve continues as if nothing had happened, optimizer state included."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_xmtf.config import RunConfig
+from megatron_xmtf.errors import CheckpointError, ConfigMismatchError, CorruptCheckpointError, MissingError
+from megatron_xmtf.parallel.launch import run_ranks
+from megatron_xmtf.training.launch import train
+from megatron_xmtf.training.prepare import prepare_run
+from megatron_xmtf.training.trainer import train_rank
+from tests.layouts import PP, TP
+
+STEPS, STOP = 12, 6
+TOLERANCE = 1e-5
+SAVED_AT: dict[str, Any] = {TP: 2, PP: 2, "use_distributed_optimizer": True}
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP1-PP1-DP2": (2, {"use_distributed_optimizer": True}),
+    "TP4": (4, {TP: 4, "use_distributed_optimizer": True}),
+    "PP4": (4, {PP: 4, "use_distributed_optimizer": True}),
+    "PP2-VPP2-SP": (
+        4,
+        {
+            TP: 2,
+            PP: 2,
+            "virtual_pipeline_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "use_distributed_optimizer": True,
+        },
+    ),
+    "one process": (1, {"use_distributed_optimizer": True}),
+}
+
+
+def read_metrics(run: Path) -> dict[int, dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {record["step"]: record for record in map(json.loads, lines)}
+
+
+def train_to(config: RunConfig, world_size: int) -> dict[int, dict[str, Any]]:
+    prepared = prepare_run(config, world_size=world_size)
+    run_ranks(train_rank, world_size=world_size, arguments=(prepared,))
+    return read_metrics(Path(config.output))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_checkpoint: Path, tiny_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An uninterrupted run at TP2 x PP2 that leaves a checkpoint at step 6 and at step 12."""
+    from tests.conftest import make_run_config
+
+    make = make_run_config(tiny_checkpoint, tiny_pairs, tmp_path_factory.mktemp("whole"))
+    config = make(parallel=SAVED_AT, schedule={"train_steps": STEPS}, checkpoint={"save_interval": STOP})
+    return make, config, train_to(config, 4)
+
+
+def resumed(whole: Any, tmp_path: Path, world_size: int, section: dict[str, Any], **sections: Any) -> Any:
+    """Copy the run as it was at step 6, go on at another layout, return its metrics."""
+    import shutil
+
+    make, config, _ = whole
+    output = tmp_path / "resumed"
+    shutil.copytree(config.output, output)
+    shutil.rmtree(output / "checkpoints" / f"step_{STEPS:07d}")
+    values = {"schedule": {"train_steps": STEPS}, **sections}
+    return output, make(output=str(output), parallel=section, **values), world_size
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_curve_goes_on_at_another_layout(name: str, whole: Any, tmp_path: Path) -> None:
+    _, config, world_size = resumed(whole, tmp_path, *LAYOUTS[name])
+    metrics = train_to(config, world_size)
+    assert list(metrics) == list(range(1, STEPS + 1)), "metrics of steps after the resumed one were cut off"
+    for step in range(STOP + 1, STEPS + 1):
+        assert metrics[step]["loss"] == pytest.approx(whole[2][step]["loss"], rel=TOLERANCE), f"step {step}"
+        assert metrics[step]["grad_norm"] == pytest.approx(whole[2][step]["grad_norm"], rel=10 * TOLERANCE)
+
+
+def test_the_same_layout_is_bit_identical(whole: Any, tmp_path: Path) -> None:
+    output, config, world_size = resumed(whole, tmp_path, 4, SAVED_AT)
+    metrics = train_to(config, world_size)
+    for step in range(STOP + 1, STEPS + 1):
+        for key in ("loss", "grad_norm", "learning_rate", "rows", "tokens", "target_tokens"):
+            assert metrics[step][key] == whole[2][step][key], f"{key} of step {step}"
+    finished = f"checkpoints/step_{STEPS:07d}"
+    ours, theirs = read_tensors(output / finished), read_tensors(Path(whole[1].output) / finished)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Read every tensor of a checkpoint with torch's own reader."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    metadata = FileSystemReader(checkpoint).read_metadata()
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+    return state
+
+
+def test_a_checkpoint_holds_moments_in_the_shape_of_their_parameters(whole: Any) -> None:
+    tensors = read_tensors(Path(whole[1].output) / "checkpoints" / f"step_{STEPS:07d}")
+    weights = [key for key in tensors if not key.startswith(("optimizer.", "rng."))]
+    assert weights
+    for key in weights:
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert tensors[f"optimizer.state.{moment}.{key}"].shape == tensors[key].shape
+
+
+def test_without_distributed_optimizer(
+    tiny_checkpoint: Path, tiny_pairs: Path, tmp_path: Path, run_config: Callable[..., RunConfig]
+) -> None:
+    sections: dict[str, Any] = {"checkpoint": {"save_interval": STOP}}
+    config = run_config(parallel={TP: 2}, schedule={"train_steps": STEPS}, **sections)
+    whole_metrics = train_to(config, 2)
+    import shutil
+
+    shutil.rmtree(Path(config.output) / "checkpoints" / f"step_{STEPS:07d}")
+    again = run_config(parallel={PP: 2}, schedule={"train_steps": STEPS}, **sections)
+    metrics = train_to(again, 2)
+    for step in range(STOP + 1, STEPS + 1):
+        assert metrics[step]["loss"] == pytest.approx(whole_metrics[step]["loss"], rel=TOLERANCE)
+
+
+def test_a_changed_setting_is_refused_unless_allowed(whole: Any, tmp_path: Path) -> None:
+    _, config, world_size = resumed(whole, tmp_path, 4, SAVED_AT, optimizer={"lr": 5e-4})
+    with pytest.raises(ConfigMismatchError, match=r"optimizer.lr: 0.001 -> 0.0005"):
+        prepare_run(config, world_size=world_size)
+    prepare_run(config, world_size=world_size, allowed_changes=["optimizer.lr"])
+
+
+def test_a_missing_step_is_an_error(whole: Any, tmp_path: Path) -> None:
+    _, config, world_size = resumed(whole, tmp_path, 4, SAVED_AT, checkpoint={"resume": 9})
+    with pytest.raises(MissingError, match="no finished checkpoint of step 9"):
+        prepare_run(config, world_size=world_size)
+
+
+def test_a_damaged_checkpoint_is_refused(whole: Any, tmp_path: Path) -> None:
+    output, config, world_size = resumed(whole, tmp_path, 4, SAVED_AT)
+    shard = next((output / "checkpoints" / f"step_{STOP:07d}").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(CorruptCheckpointError, match="bytes instead of"):
+        prepare_run(config, world_size=world_size)
+
+
+def test_an_imported_model_cannot_be_resumed_as_a_run(
+    tiny_checkpoint: Path, tmp_path: Path, run_config: Callable[..., RunConfig]
+) -> None:
+    import shutil
+
+    config = run_config()
+    target = Path(config.output) / "checkpoints" / "step_0000000"
+    shutil.copytree(tiny_checkpoint, target)
+    with pytest.raises(CheckpointError, match="no optimizer state"):
+        train(config)
