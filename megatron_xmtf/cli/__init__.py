@@ -25,6 +25,7 @@ VERBS: dict[str, str] = {
     "merge": "merge",
     "pack": "pack",
     "import": "import_checkpoint",
+    "train": "train",
     "evaluate": "evaluate",
     "generate": "generate",
     "export": "export_checkpoint",
@@ -62,9 +63,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line; `key=value` overrides may stand before and after options.
+
+    argparse gives positional arguments to one place only: those behind an option come back as unknown.
+    """
+    parser = build_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest:
+        if not hasattr(parsed, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parsed.overrides = [*parsed.overrides, *rest]
+    return parsed
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the process's exit code; user mistakes print one message, no traceback."""
-    parsed = build_parser().parse_args(arguments)
+    parsed = _parse(arguments)
     try:
         return int(parsed.run(parsed))
     except XmtfError as error:

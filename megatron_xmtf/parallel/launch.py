@@ -3,7 +3,7 @@
 Importing torch and Megatron-Core takes seconds; forked ranks share one import. A rank that fails ends the others
 within `GRACE_SECONDS`, and its error, not the noise of the ones that waited for it, is what the caller sees.
 
-The caller must not have run multi-threaded torch operations before (OpenMP's threads do not survive a fork).
+OpenMP's threads do not survive a fork: a process that will start ranks calls `prepare_to_fork` before any torch work.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 from megatron_xmtf import errors
 from megatron_xmtf.errors import ConfigError, ExitCode, RankFailedError, XmtfError
 
-__all__ = ["joined_by_launcher", "run_ranks"]
+__all__ = ["joined_by_launcher", "prepare_to_fork", "run_ranks"]
 
 GRACE_SECONDS = 5.0
 """How long the other ranks may take to end by themselves after one has failed."""
@@ -34,6 +34,16 @@ GRACE_SECONDS = 5.0
 def joined_by_launcher() -> bool:
     """Whether torchrun, srun or another launcher started this process as one rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def prepare_to_fork() -> None:
+    """Keep torch's work in this process on one thread, so that ranks can be forked from it later.
+
+    A forked rank that enters a parallel region after its parent has started OpenMP's threads waits forever.
+    """
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def run_ranks(function: Callable[..., Any], *, world_size: int, arguments: Sequence[Any] = ()) -> list[Any]:
@@ -48,6 +58,7 @@ def run_ranks(function: Callable[..., Any], *, world_size: int, arguments: Seque
     """
     if world_size < 1:
         raise ConfigError(f"nproc={world_size}: at least one rank is needed.")
+    prepare_to_fork()
     _import_engine()
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="xmtf-ranks-") as directory:
@@ -71,9 +82,14 @@ def run_ranks(function: Callable[..., Any], *, world_size: int, arguments: Seque
 
 def _import_engine() -> None:
     """Import what every rank needs once, before forking."""
+    import warnings
+
     import torch
 
-    import megatron_xmtf.parallel.topology
+    with warnings.catch_warnings():
+        # Megatron-Core says at import that optional packages are absent; `xmtf doctor` reports them in one place.
+        warnings.simplefilter("ignore")
+        import megatron_xmtf.parallel.topology
 
     assert not torch.cuda.is_initialized(), "ranks cannot be forked after CUDA is in use in this process"
     assert megatron_xmtf.parallel.topology is not None

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.errors import ExitCode, RankFailedError, XmtfError
 from megatron_xmtf.files import write_json
-from megatron_xmtf.parallel.launch import joined_by_launcher, run_ranks
+from megatron_xmtf.parallel.launch import joined_by_launcher, prepare_to_fork, run_ranks
 from megatron_xmtf.parallel.topology import rendezvous_store, world_size_from_environment
 from megatron_xmtf.training.prepare import prepare_run
 from megatron_xmtf.training.trainer import TrainingResult, train_rank
@@ -53,6 +53,7 @@ def train(
 
 def _train_local(config: RunConfig, nproc: int, allowed_changes: Sequence[str], dry_run: bool) -> TrainingResult | None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    prepare_to_fork()
     prepared = prepare_run(config, world_size=nproc, allowed_changes=allowed_changes)
     if dry_run:
         logging.getLogger(__name__).info("everything is in place for %d steps; not trained", config.train_steps)

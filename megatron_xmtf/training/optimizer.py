@@ -111,6 +111,9 @@ def build_optimizer(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> Meg
         ),
         list(chunks),
     )
+    for group in optimizer.param_groups:
+        # Megatron-Core marks norms and biases with wd_mult 0 and leaves it to Megatron-LM's scheduler to obey.
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
     for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
         if isinstance(part, DistributedOptimizer):
             _count_bucket_padding(part)
