@@ -258,6 +258,7 @@ class CheckpointReader:
         stored = self.tensors[key]
         start, end = rows if rows is not None else (0, stored.shape[0] if stored.shape else 1)
         assert not stored.shape or 0 <= start <= end <= stored.shape[0], f"{key} {stored.shape} has no rows {rows}"
+        # Pages of an empty tensor are taken when they are filled: none, where one chunk holds all rows.
         result = torch.empty((end - start, *stored.shape[1:]) if stored.shape else (), dtype=stored.dtype)
         entry = self.metadata.state_dict_metadata[key]
         assert isinstance(entry, TensorStorageMetadata), f"{key} is not a tensor"
@@ -270,6 +271,8 @@ class CheckpointReader:
             if low >= high:
                 continue
             tensor = self._chunk(key, chunk, stored.dtype)
+            if (low, high) == (start, end) and tuple(chunk.sizes[1:]) == stored.shape[1:]:
+                return tensor[low - first : high - first]
             place = [slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)]
             result[(slice(low - start, high - start), *place)] = tensor[low - first : high - first]
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from pathlib import PurePath
 
 from megatron_xmtf.checkpoint.manifest import CheckpointManifest
 
@@ -13,8 +14,9 @@ def model_card(manifest: CheckpointManifest, *, dtype: str, parameters: int) -> 
     """Word the README.md of an exported model: what it is, and how to open it."""
     version = importlib.metadata.version("megatron_xmtf")
     config = manifest.config or {}
+    # The last part of a prefix: where the data lay on the machine that trained is nobody's business.
     sources = ", ".join(
-        str(entry.get("name") or entry.get("prefix")) for entry in config.get("data", {}).get("train", [])
+        entry.get("name") or PurePath(entry["prefix"]).name for entry in config.get("data", {}).get("train", [])
     )
     trained = (
         f"Finetuned for {manifest.step:,} steps on {manifest.consumed_rows:,} packed rows"

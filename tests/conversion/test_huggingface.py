@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +13,9 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_xmtf.checkpoint.manifest import open_manifest, verify_hashes
+from megatron_xmtf.checkpoint.manifest import checkpoint_directory, open_manifest, verify_hashes
 from megatron_xmtf.checkpoint.safe_read import CheckpointReader, check_safe
-from megatron_xmtf.checkpoint.streamed_write import row_ranges
+from megatron_xmtf.checkpoint.streamed_write import StreamedWriter, row_ranges
 from megatron_xmtf.conversion import huggingface
 from megatron_xmtf.conversion.huggingface import export_huggingface, import_huggingface
 from megatron_xmtf.conversion.safetensors_file import SafetensorsWriter, TensorHeader, plan_shards
@@ -318,6 +319,41 @@ def test_mixed_types_stay_as_they_are(model: Path, tmp_path: Path) -> None:
     assert import_huggingface(model, tmp_path / "checkpoint").dtype == "mixed"
     export_huggingface(tmp_path / "checkpoint", tmp_path / "exported")
     assert same_bits(read_tensors(tmp_path / "exported"), tensors)
+
+
+def test_a_training_checkpoint_is_exported_from_its_shards(model: Path, tmp_path: Path) -> None:
+    import_huggingface(model, tmp_path / "checkpoint")
+    hf_files, architecture = tmp_path / "checkpoint" / "hf", open_manifest(tmp_path / "checkpoint").architecture
+    config = {"data": {"train": [{"prefix": "/secret/place/xp3_sw"}, {"prefix": "p", "name": "flores"}]}}
+    with (
+        CheckpointReader(tmp_path / "checkpoint") as reader,
+        checkpoint_directory(
+            tmp_path / "run" / "checkpoints" / "step_0000007",
+            step=7,
+            architecture=architecture,
+            dtype="float32",
+            config=config,
+            consumed_rows=56,
+            contents=["model", "optimizer", "rng"],
+        ) as directory,
+        StreamedWriter(directory) as writer,
+    ):
+        for name in reader.tensors:
+            whole = reader.read(name)
+            dim = 1 if "linear_proj.weight" in name or "linear_fc2.weight" in name else 0
+            for rank, part in enumerate(whole.chunk(2, dim=dim)):  # as two tensor-parallel ranks hold them
+                offsets = [0] * whole.dim()
+                offsets[dim] = rank * part.size(dim)
+                writer.write(name, part, offsets=offsets, shape=whole.shape)
+            writer.write(f"optimizer.state.exp_avg.{name}", whole, offsets=[0] * whole.dim(), shape=whole.shape)
+        writer.write("rng.torch", torch.zeros(1, 1, 16), offsets=(0, 0, 0), shape=(1, 1, 16))
+        writer.finish()
+        shutil.copytree(hf_files, directory / "hf")
+    done = export_huggingface(tmp_path / "run", tmp_path / "exported")
+    assert (done.step, done.tensors) == (7, 29)
+    assert same_bits(read_tensors(tmp_path / "exported"), read_tensors(model))
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "7 steps on 56 packed rows of xp3_sw, flores" in card and "secret" not in card
 
 
 def test_outputs_are_never_overwritten(model: Path, tmp_path: Path) -> None:
