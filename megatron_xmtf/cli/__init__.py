@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from megatron_xmtf import __version__
@@ -77,9 +79,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
+def _quieten_megatron_core() -> None:
+    """Drop Megatron-Core's warnings of absent NVIDIA packages and of torch functions that it will leave some day.
+
+    `xmtf doctor` reports what is missing, once.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    logging.getLogger("megatron.core").setLevel(logging.WARNING)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the process's exit code; user mistakes print one message, no traceback."""
     parsed = _parse(arguments)
+    _quieten_megatron_core()
     try:
         return int(parsed.run(parsed))
     except XmtfError as error:

@@ -84,6 +84,8 @@ def initialize_parallel(
     Raises:  ConfigError: the world size is not a multiple of tp x pp.
     """
     check_world_size(parallel, world_size_from_environment())
+    # Megatron-Core's overlap of tensor-parallel communication counts on one hardware queue.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = _choose_device()
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     if not torch.distributed.is_initialized():

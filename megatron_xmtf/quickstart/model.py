@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
+
 from megatron_xmtf.files import atomic_directory, write_json
 from megatron_xmtf.quickstart.plan import Sizes
 
@@ -19,8 +23,6 @@ def train_tokenizer(texts: Iterable[str], directory: Path, *, vocab_size: int) -
 
     Args:    texts: what it is trained on. vocab_size: at least 258 (two special tokens and every byte).
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -43,9 +45,6 @@ def make_model(tokenizer_directory: Path, directory: Path, sizes: Sizes) -> int:
 
     Returns: the number of parameters.
     """
-    import torch
-    from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
-
     torch.manual_seed(sizes.seed)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory, local_files_only=True)
     config = BloomConfig(

@@ -53,8 +53,8 @@ class Sizes:
     """Rows of a step. So small because a tiny model learns by the number of steps."""
     pretrain_steps: int = 580
     pretrain_lr: float = 5e-3
-    finetune_steps: int = 80
-    finetune_lr: float = 5e-4
+    finetune_steps: int = 140
+    finetune_lr: float = 4e-4
     seed: int = 42
 
 

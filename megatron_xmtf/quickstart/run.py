@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
 from megatron_xmtf.config import ParallelConfig, load_config, write_config
 from megatron_xmtf.config.load import config_from_mapping
 from megatron_xmtf.config.schema import RunConfig
@@ -64,6 +68,7 @@ def run_quickstart(
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ConfigError(f"--output {output} is not an empty directory; remove it or name another one.")
     pretraining, finetuning = choose_layout(nproc)
+    disable_progress_bar()  # transformers draws one for 29 tensors
     clock = clock or StageClock(STAGE_BUDGETS)
     return _Quickstart(sizes or Sizes(), Paths(root), pretraining, finetuning).run(clock)
 
@@ -224,9 +229,6 @@ def _ask_transformers(directory: Path, prompt: str) -> str:
 
     Raises:  CheckpointError: `AutoTokenizer` and ours give other ids.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
     ids = tokenizer(prompt)["input_ids"]

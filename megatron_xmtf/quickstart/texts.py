@@ -36,7 +36,7 @@ ENGLISH_SHARE = 4
 """Texts in English for each text in another language."""
 ENGLISH_LIST_SHARE = 0.3
 """Part of the English texts that is taken by `ENGLISH_LISTS`."""
-KINDS, KIND_WEIGHTS = ("list", "table", "pair"), (4, 3, 2)
+KINDS, KIND_WEIGHTS = ("list", "table", "pair"), (4, 4, 1)
 MONTHS_SHARE = 0.6
 """Part of the lists that is of months; there are 12 of them and 7 days."""
 

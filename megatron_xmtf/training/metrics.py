@@ -22,7 +22,15 @@ from megatron_xmtf.data.batch import Batch
 from megatron_xmtf.files import atomic_write
 from megatron_xmtf.models.architecture import BloomArchitecture
 
-__all__ = ["MetricsFile", "StepCounts", "model_flops_per_token", "peak_memory_gib", "printed_line", "step_metrics"]
+__all__ = [
+    "MetricsFile",
+    "StepCounts",
+    "model_flops_per_token",
+    "peak_memory_gib",
+    "printed_line",
+    "step_metrics",
+    "validation_line",
+]
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
 """Dense bf16 peak of GPUs by a part of their name, from NVIDIA's data sheets (SXM parts)."""
@@ -115,6 +123,15 @@ def printed_line(metrics: Mapping[str, Any], *, train_steps: int, eta_seconds: f
         f"{metrics['tokens_per_second']:9,.0f} tok/s  {metrics['target_tokens_per_second']:8,.0f} target tok/s  "
         f"{metrics['peak_memory_gib']:5.2f} GiB  eta {_clock(eta_seconds)}"
     )
+
+
+def validation_line(step: int, losses: Mapping[str, float]) -> str:
+    """Word the validation losses of a step, the mean of each dataset first, its languages in brackets."""
+    words = [f"step {step} validation"]
+    for key, value in losses.items():
+        parts = key.split("/")[1:]
+        words.append(f"{parts[0]} {value:.4f}" if len(parts) == 1 else f"({parts[1]} {value:.4f})")
+    return "  ".join(words)
 
 
 class MetricsFile:

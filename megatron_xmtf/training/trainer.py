@@ -42,6 +42,7 @@ from megatron_xmtf.training.metrics import (
     model_flops_per_token,
     printed_line,
     step_metrics,
+    validation_line,
 )
 from megatron_xmtf.training.optimizer import build_optimizer, set_learning_rate
 from megatron_xmtf.training.prepare import PreparedRun, open_training_rows, open_validation_rows
@@ -124,7 +125,9 @@ class Trainer:
                 metrics = self.train_step()
                 losses.append(metrics["loss"])
                 if self._due(config.evaluation.interval) and self.validation:
-                    metrics.update(self.validate())
+                    measured = self.validate()
+                    metrics.update(measured)
+                    progress.line(validation_line(self.step, measured))
                 if metrics_file is not None:
                     metrics_file.append(metrics)
                     remaining = (time.monotonic() - started) / len(losses) * (config.train_steps - self.step)
