@@ -33,6 +33,7 @@ VERBS: dict[str, str] = {
     "export": "export_checkpoint",
     "verify": "verify",
     "inspect": "inspect_path",
+    "doctor": "doctor",
 }
 """Verb -> module of this package, in the order of the data flow."""
 
