@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.errors import CheckpointError, CorruptCheckpointError
 from megatron_xmtf.models.architecture import architecture_from_mapping
 
-__all__ = ["Layout", "current_layout", "load_model_weights", "load_training_state", "save_checkpoint"]
+__all__ = ["current_layout", "load_model_weights", "load_training_state", "save_checkpoint"]
 
 SHARDING = {
     # One key a layer, so that names are those of `conversion.mapping` and any pipeline split reads them.
@@ -49,22 +48,13 @@ SHARDING = {
 EXTRA_STATE = "_extra_state"
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Parallel sizes that a checkpoint was written at; they decide whether RNG states can be taken up."""
-
-    tp: int
-    pp: int
-    dp: int
-
-
-def current_layout() -> Layout:
-    """Return the sizes of the running job."""
-    return Layout(
-        tp=parallel_state.get_tensor_model_parallel_world_size(),
-        pp=parallel_state.get_pipeline_model_parallel_world_size(),
-        dp=parallel_state.get_data_parallel_world_size(),
-    )
+def current_layout() -> dict[str, int]:
+    """Return the parallel sizes of the running job; RNG states can be taken up at the same ones only."""
+    return {
+        "tp": parallel_state.get_tensor_model_parallel_world_size(),
+        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+        "dp": parallel_state.get_data_parallel_world_size(),
+    }
 
 
 def save_checkpoint(
@@ -138,7 +128,7 @@ def load_training_state(
             f"{checkpoint} holds {', '.join(manifest.contents)} but no optimizer state: it cannot be resumed. "
             "Start a new run with model=CHECKPOINT, or save with checkpoint.save_optimizer=true."
         )
-    same_layout = dist_checkpointing.load_common_state_dict(str(checkpoint)).get("layout") == _layout_mapping()
+    same_layout = dist_checkpointing.load_common_state_dict(str(checkpoint)).get("layout") == current_layout()
     state = _state(chunks, optimizer, is_loading=True)
     if not same_layout:
         for key in [key for key in state if key.startswith("rng.")]:
@@ -193,14 +183,9 @@ def _state(
         return state
     model_state = dict(state)
     state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(SHARDING))
-    state["layout"] = _layout_mapping()
+    state["layout"] = current_layout()
     state.update(_rng_states())
     return state
-
-
-def _layout_mapping() -> dict[str, int]:
-    layout = current_layout()
-    return {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}
 
 
 def _load(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
@@ -235,8 +220,8 @@ def _rng_states() -> dict[str, ShardedTensor]:
         f"rng.{name}": ShardedTensor.from_rank_offsets(
             f"rng.{name}",
             state.clone()[None, None],
-            (0, pp_rank, layout.pp),
-            (1, tp_rank, layout.tp),
+            (0, pp_rank, layout["pp"]),
+            (1, tp_rank, layout["tp"]),
             replica_id=parallel_state.get_data_parallel_rank(),
         )
         for name, state in states.items()

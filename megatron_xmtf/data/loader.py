@@ -15,7 +15,7 @@ from megatron_xmtf.data.batch import Batch, LossNormalization, build_batch
 from megatron_xmtf.data.rows import PackedRows, empty_row
 from megatron_xmtf.errors import ConfigError, DatasetError
 
-__all__ = ["BatchLoader", "validation_batches"]
+__all__ = ["BatchLoader", "require_even_deal", "validation_batches"]
 
 
 class BatchLoader:
@@ -37,7 +37,7 @@ class BatchLoader:
         normalization: LossNormalization,
     ) -> None:
         assert 0 <= data_parallel_rank < data_parallel_size, f"rank {data_parallel_rank} of {data_parallel_size}"
-        _require_even_deal(global_batch_size, micro_batch_size, data_parallel_size)
+        require_even_deal(global_batch_size, micro_batch_size, data_parallel_size)
         self.rows = rows
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.data_parallel_rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
@@ -69,7 +69,11 @@ class BatchLoader:
         return batches
 
 
-def _require_even_deal(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> None:
+def require_even_deal(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> None:
+    """Check that a global batch is a whole number of micro-batches for every data-parallel rank.
+
+    Raises:  ConfigError: it is not; names the nearest sizes that are.
+    """
     share = micro_batch_size * data_parallel_size
     if global_batch_size % share == 0:
         return

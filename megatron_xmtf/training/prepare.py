@@ -14,9 +14,11 @@ from pathlib import Path
 from megatron_xmtf.checkpoint.directory import find_checkpoint, list_checkpoints, step_directory
 from megatron_xmtf.checkpoint.manifest import MANIFEST_NAME, open_manifest
 from megatron_xmtf.config.load import write_config
-from megatron_xmtf.config.schema import DatasetConfig, RunConfig
+from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.conversion.huggingface import import_huggingface
 from megatron_xmtf.data.example_dataset import ExampleDataset
+from megatron_xmtf.data.loader import require_even_deal
+from megatron_xmtf.data.mixture import open_datasets
 from megatron_xmtf.data.packing import build_packing_index, index_directory, open_packing_index, pack_dataset
 from megatron_xmtf.data.packing_index import PackingIndex
 from megatron_xmtf.data.rows import PackedRows
@@ -72,8 +74,8 @@ def prepare_run(config: RunConfig, *, world_size: int, allowed_changes: Sequence
             f"the tokenizer of {start.checkpoint} has {tokenizer.vocab_size} words, the model's embedding "
             f"{architecture.vocab_size} rows: they do not belong together."
         )
-    datasets = _open_datasets(config.data.train, tokenizer)
-    _open_datasets(config.data.validation, tokenizer)
+    datasets = open_datasets(config.data.train, tokenizer=tokenizer)
+    open_datasets(config.data.validation, tokenizer=tokenizer)
     _index(config, datasets, build=config.data.build_index)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -84,7 +86,7 @@ def prepare_run(config: RunConfig, *, world_size: int, allowed_changes: Sequence
 def open_training_rows(prepared: PreparedRun) -> PackedRows:
     """Open the training rows; the index exists since `prepare_run`."""
     tokenizer = Tokenizer.load(prepared.hf_files)
-    datasets = _open_datasets(prepared.config.data.train, tokenizer)
+    datasets = open_datasets(prepared.config.data.train, tokenizer=tokenizer)
     return PackedRows(datasets, _index(prepared.config, datasets, build=False), pad_id=tokenizer.pad_id)
 
 
@@ -93,7 +95,7 @@ def open_validation_rows(prepared: PreparedRun) -> dict[str, tuple[ExampleDatase
     config = prepared.config
     tokenizer = Tokenizer.load(prepared.hf_files)
     opened = {}
-    for dataset in _open_datasets(config.data.validation, tokenizer):
+    for dataset in open_datasets(config.data.validation, tokenizer=tokenizer):
         index = pack_dataset(
             dataset,
             sequence_length=config.batch.sequence_length,
@@ -106,14 +108,8 @@ def open_validation_rows(prepared: PreparedRun) -> dict[str, tuple[ExampleDatase
 
 def _check_global_batch(config: RunConfig, data_parallel_size: int) -> None:
     micro, total = config.batch.micro_batch_size, config.batch.global_batch_size
+    require_even_deal(total, micro, data_parallel_size)
     share = micro * data_parallel_size
-    if total % share:
-        below = total // share * share
-        nearest = f"{below} or {below + share}" if below else str(share)
-        raise ConfigError(
-            f"global_batch_size={total} is not a multiple of micro_batch_size x data_parallel_size = "
-            f"{micro} x {data_parallel_size}; use {nearest}."
-        )
     chunks = config.parallel.virtual_pipeline_model_parallel_size
     stages = config.parallel.pipeline_model_parallel_size
     if chunks is not None and (total // share) % stages:
@@ -167,10 +163,6 @@ def _initial_checkpoint(config: RunConfig) -> Path:
         logger.info("importing %s", model)
         import_huggingface(model, imported)
     return imported
-
-
-def _open_datasets(entries: Sequence[DatasetConfig], tokenizer: Tokenizer) -> list[ExampleDataset]:
-    return [ExampleDataset.open(entry.prefix, name=entry.name, tokenizer=tokenizer) for entry in entries]
 
 
 def _index(config: RunConfig, datasets: Sequence[ExampleDataset], *, build: bool) -> PackingIndex:

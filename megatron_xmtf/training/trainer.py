@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -291,23 +292,19 @@ def _build_chunks(prepared: PreparedRun) -> list[Any]:
     ]
 
 
-class _parameters_gathered:
+@contextmanager
+def _parameters_gathered(chunks: list[Any], config: RunConfig) -> Iterator[None]:
     """Gather all parameters before they are read outside the training step.
 
     With overlap_param_gather each layer's parameters are gathered when the next forward pass comes to it; a
     checkpoint written before that would hold the weights of the step before, without an error.
     """
-
-    def __init__(self, chunks: list[Any], config: RunConfig) -> None:
-        self.chunks = chunks if config.parallel.overlap_param_gather else []
-
-    def __enter__(self) -> None:
-        for chunk in self.chunks:
-            chunk.disable_forward_pre_hook(param_sync=True)
-
-    def __exit__(self, *unused: Any) -> None:
-        for chunk in self.chunks:
-            chunk.enable_forward_pre_hook()
+    delayed = chunks if config.parallel.overlap_param_gather else []
+    for chunk in delayed:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    yield
+    for chunk in delayed:
+        chunk.enable_forward_pre_hook()
 
 
 def _validation_sets(prepared: PreparedRun) -> dict[str, Any]:
