@@ -31,14 +31,11 @@ def run(arguments: argparse.Namespace) -> int:
     import json
     import logging
     import sys
-    import warnings
 
     from megatron_xmtf.quickstart.clock import StageClock
     from megatron_xmtf.quickstart.plan import STAGE_BUDGETS
 
-    # A first-time user is not helped by what other libraries deprecate, nor by every rank's view of its start.
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    # A first-time user is not helped by every rank's view of its start.
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # With --json standard output holds nothing but the JSON.
     with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):

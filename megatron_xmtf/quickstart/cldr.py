@@ -112,7 +112,7 @@ def load_facts(language: str) -> LanguageFacts:
 def more_english_countries(count: int) -> list[CountryRow]:
     """Return rows of countries outside `CONTINENT_OF_COUNTRY`, in English: as in reality, English texts tell more.
 
-    A country's continent is that of its time zones.
+    A country's continent is that of its time zones; one with zones on two of the four continents is left out.
 
     Args:    count: at most so many, in the order of their ISO 3166 codes.
     """

@@ -30,7 +30,7 @@ from megatron_xmtf.quickstart.questions import (
 )
 from megatron_xmtf.quickstart.texts import pretraining_texts
 
-__all__ = ["QuickstartData", "collect_data", "render_prompts"]
+__all__ = ["QuickstartData", "collect_data", "read_jsonl", "render_prompts"]
 
 
 @dataclass(frozen=True)
@@ -110,3 +110,8 @@ def _write_jsonl(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     with atomic_write(path) as stream:
         for value in values:
             stream.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read one of the files that this module wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

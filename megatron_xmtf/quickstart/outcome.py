@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
@@ -16,10 +16,25 @@ from megatron_xmtf.quickstart.plan import Layout, Paths, Sizes
 from megatron_xmtf.quickstart.questions import TASKS
 from megatron_xmtf.training.trainer import TrainingResult
 
-__all__ = ["Outcome", "TaskStory", "build_summary", "closing_words", "task_stories"]
+__all__ = ["Outcome", "Probe", "TaskStory", "build_summary", "closing_words", "task_stories"]
 
 NUM_NAMED = 3
 """Best and worst languages that are named."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt, and how the exported model continues it in transformers."""
+
+    language: str
+    prompt: str
+    answer: str
+    right_answer: str
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the two answers are the same text."""
+        return self.answer == self.right_answer
 
 
 @dataclass(frozen=True)
@@ -37,8 +52,7 @@ class Outcome:
     before: Sequence[TaskResult]
     after: Sequence[TaskResult]
     logits: LogitsComparison
-    probe: tuple[str, str]
-    """A prompt, and how the exported model continues it in transformers."""
+    probes: Sequence[Probe]
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,7 @@ def build_summary(outcome: Outcome, clock: StageClock) -> dict[str, Any]:
         "tasks": {story.task: _task(story) for story in task_stories(outcome.before, outcome.after)},
         "accuracy": accuracy,
         "max_abs_logit_difference": outcome.logits.max_abs_difference,
-        "probe": {"prompt": outcome.probe[0], "continued": outcome.probe[1]},
+        "probes": [asdict(probe) for probe in outcome.probes],
         "files": {
             "model": str(outcome.paths.hf),
             "report": str(outcome.paths.root / "report.html"),
@@ -165,7 +179,7 @@ def closing_words(outcome: Outcome, clock: StageClock) -> str:
         f"The exported model gives the same logits in transformers (largest difference {difference:.1g}).",
         f"{clock.total_seconds:.0f} s in all. Next:",
         f"  {root / 'report.html'}    pictures: losses, every language and task",
-        f"  xmtf generate --hf {root / 'hf'} --prompt '{outcome.probe[0]}'",
+        f"  xmtf generate --hf {root / 'hf'} --prompt '{outcome.probes[0].prompt}'",
         f"  xmtf inspect {root / 'data' / 'finetune'} --show 3    what the model was finetuned on",
         f"  {root / 'finetune.yaml'}    the run's configuration: change it, give it another output, `xmtf train` it",
     ]

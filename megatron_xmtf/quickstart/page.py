@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 
 from megatron_xmtf.evaluation.results import TaskResult
 from megatron_xmtf.quickstart.clock import StageClock
@@ -13,9 +12,6 @@ from megatron_xmtf.report import Html, Page, loss_curves
 from megatron_xmtf.report.evaluation import language_task_section
 
 __all__ = ["write_page"]
-
-ENGLISH_ROWS = {"trained_items": "en-trained", "held_out_items": "en-held-out"}
-"""Dataset -> row of the picture; the other datasets stand in the row of their language."""
 
 
 def write_page(outcome: Outcome, clock: StageClock) -> None:
@@ -37,14 +33,14 @@ def write_page(outcome: Outcome, clock: StageClock) -> None:
     page.key_figure(
         f"{outcome.logits.max_abs_difference:.1g}", "largest logit difference", detail="our engine − transformers"
     )
-    page.section("What was learned", *_words(outcome), _story_table(outcome))
+    page.section("What was learned", *_words(outcome), _story_table(outcome), _probe_table(outcome))
     labels = {code: f"{facts.english_name} ({code})" for code, facts in outcome.facts.items()}
-    labels |= {"en-trained": "English, trained on", "en-held-out": "English, held out"}
+    picture = language_task_section(_zero_shot(outcome.after), _zero_shot(outcome.before), language_labels=labels)
     page.section(
-        "Languages × tasks",
-        *language_task_section(
-            _by_row(outcome.after), _by_row(outcome.before), language_labels=labels, emphasised=["en-trained"]
-        ),
+        f"{num_others} languages × tasks",
+        "Languages that the finetuning did not see. A cell is of few questions (about a dozen): look at columns, rows "
+        "and bold cells rather than at single ones. Each question is worded by one of three English templates in turn.",
+        *picture,
     )
     page.section("Losses", *_loss_figures(outcome))
     page.section("What was done", _stage_table(clock), Page.preformatted(_commands(outcome)))
@@ -59,8 +55,11 @@ def _words(outcome: Outcome) -> list[str]:
         "English alone. It is asked in English about words of every language and picks one of four answers; "
         f"its accuracy rose clearly, and above chance, in: {', '.join(crossing) or 'no task'}. It did not in: "
         f"{', '.join(staying) or 'no task'}.",
-        "No text of the pretraining says what comes before an item, so “before” can be learned for the English items "
-        "of the finetuning only: a model of this kind does not turn a list round by itself.",
+        "No text of the pretraining says what comes before an item, so the finetuning can teach “before” for its own "
+        "English items, and finds nothing in the other languages that it could carry over: a model that continues "
+        "lists does not turn them round by itself.",
+        "Picking one of four answers is easier than producing one. The table below shows what the exported model writes "
+        "by itself about Monday in some languages: so small a model often slips into another language there.",
     ]
 
 
@@ -80,9 +79,22 @@ def _story_table(outcome: Outcome) -> Html:
     return Page.table(headers, rows)
 
 
-def _by_row(results: Sequence[TaskResult]) -> list[TaskResult]:
-    """Give the two kinds of English questions rows of their own."""
-    return [replace(result, language=ENGLISH_ROWS.get(result.dataset, result.language)) for result in results]
+def _zero_shot(results: Sequence[TaskResult]) -> list[TaskResult]:
+    """Leave English out; its two rows stand in the table of tasks."""
+    return [result for result in results if result.dataset == "zero_shot"]
+
+
+def _probe_table(outcome: Outcome) -> Html:
+    rows = [
+        [
+            outcome.facts[probe.language].english_name,
+            probe.prompt,
+            probe.answer,
+            "" if probe.is_right else probe.right_answer,
+        ]
+        for probe in outcome.probes
+    ]
+    return Page.table(["language", "prompt", "continued greedily in transformers", "right answer, if another"], rows)
 
 
 def _loss_figures(outcome: Outcome) -> list[Html]:
@@ -110,6 +122,6 @@ def _commands(outcome: Outcome) -> str:
             f"xmtf preprocess --input {root}/data/finetune.jsonl --tokenizer {root}/tokenizer --output-prefix …",
             f"xmtf train {root}/finetune.yaml --nproc {outcome.finetuning_layout.world_size} output=ANOTHER",
             f"xmtf evaluate --hf {root}/hf --tasks {root}/data/tasks.yaml --output …",
-            f"xmtf generate --hf {root}/hf --prompt '{outcome.probe[0]}'",
+            f"xmtf generate --hf {root}/hf --prompt '{outcome.probes[0].prompt}'",
         ]
     )

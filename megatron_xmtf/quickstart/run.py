@@ -31,9 +31,9 @@ from megatron_xmtf.evaluation.tasks import load_tasks
 from megatron_xmtf.files import write_json
 from megatron_xmtf.parallel.launch import joined_by_launcher, run_ranks
 from megatron_xmtf.quickstart.clock import StageClock
-from megatron_xmtf.quickstart.dataset import QuickstartData, collect_data, render_prompts
+from megatron_xmtf.quickstart.dataset import QuickstartData, collect_data, read_jsonl, render_prompts
 from megatron_xmtf.quickstart.model import make_model, train_tokenizer
-from megatron_xmtf.quickstart.outcome import Outcome, build_summary, closing_words
+from megatron_xmtf.quickstart.outcome import Outcome, Probe, build_summary, closing_words
 from megatron_xmtf.quickstart.page import write_page
 from megatron_xmtf.quickstart.plan import (
     STAGE_BUDGETS,
@@ -49,8 +49,9 @@ from megatron_xmtf.training.trainer import TrainingResult
 
 __all__ = ["run_quickstart"]
 
-PROBE = "What comes after March?"
-"""A question that the exported model is asked through `transformers`."""
+PROBE_LANGUAGES = ("en", "es", "hi", "ru", "sw", "zh")
+"""Languages whose Monday the exported model is asked about through `transformers`; English was trained on."""
+PROBE_TOKENS = 12
 
 
 def run_quickstart(
@@ -108,7 +109,7 @@ class _Quickstart:
         with clock.stage("export", "the checkpoint becomes a Hugging Face model"):
             _in_own_process(export_huggingface, paths.run("finetune"), paths.hf)
         with clock.stage("verify", "open it in transformers, compare logits with our engine's"):
-            logits, answer = self._verify()
+            logits, probes = self._verify(data)
         outcome = Outcome(
             sizes=sizes,
             paths=paths,
@@ -121,7 +122,7 @@ class _Quickstart:
             before=before,
             after=after,
             logits=logits,
-            probe=(PROBE, answer),
+            probes=probes,
         )
         with clock.stage("report", "report.html and summary.json"):
             write_page(outcome, clock)
@@ -142,7 +143,7 @@ class _Quickstart:
 
     def _make_model(self, clock: StageClock, data: QuickstartData) -> int:
         with clock.stage("model", "a byte-level BPE tokenizer, a random tiny BLOOM"):
-            prompts = [line for name in ("finetune",) for line in _inputs(self.paths.data / f"{name}.jsonl")]
+            prompts = [record["inputs"] for record in read_jsonl(self.paths.data / "finetune.jsonl")]
             train_tokenizer([*data.texts, *prompts], self.paths.tokenizer, vocab_size=self.sizes.vocab_size)
             arguments = (self.paths.tokenizer, self.paths.initial_hf, self.sizes)
             num_parameters: int = _in_own_process(make_model, *arguments)
@@ -188,7 +189,7 @@ class _Quickstart:
         write_results(self.paths.root / name / "results.json", describe_checkpoint(checkpoint), results)
         return results
 
-    def _verify(self) -> tuple[LogitsComparison, str]:
+    def _verify(self, data: QuickstartData) -> tuple[LogitsComparison, list[Probe]]:
         checkpoint = describe_checkpoint(self.paths.run("finetune")).model
         logits = compare_logits(
             checkpoint,
@@ -201,9 +202,19 @@ class _Quickstart:
                 f"{self.paths.hf} and {checkpoint} differ by {logits.max_abs_difference:.3g} in a logit, limit "
                 f"{logits.limit:.3g}: the export is not the model that was trained. Please report this."
             )
-        answer: str = _in_own_process(_ask_transformers, self.paths.hf, PROBE)
-        print(f"        largest difference of a logit {logits.max_abs_difference:.2g}; {PROBE!r} -> {answer!r}")
-        return logits, answer
+        print(f"        largest difference of a logit {logits.max_abs_difference:.2g}; greedy answers:")
+        asked = [data.facts[language] for language in PROBE_LANGUAGES if language in data.facts]
+        prompts = [f"What comes after {facts.days[0]}?" for facts in asked]
+        answers: list[str] = _in_own_process(_ask_transformers, self.paths.hf, prompts)
+        probes = [
+            Probe(language=facts.language, prompt=prompt, answer=answer, right_answer=facts.days[1])
+            for facts, prompt, answer in zip(asked, prompts, answers, strict=True)
+        ]
+        for probe in probes:
+            print(
+                f"        {probe.prompt} {probe.answer}" + ("" if probe.is_right else f"  (it is {probe.right_answer})")
+            )
+        return logits, probes
 
 
 def _in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -218,27 +229,23 @@ def _parallel_config(layout: Layout) -> ParallelConfig:
     )
 
 
-def _inputs(path: Path) -> list[str]:
-    import json
-
-    return [json.loads(line)["inputs"] for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _ask_transformers(directory: Path, prompt: str) -> str:
-    """Open the exported directory as any user does, and continue a prompt.
+def _ask_transformers(directory: Path, prompts: list[str]) -> list[str]:
+    """Open the exported directory as any user does, and continue prompts greedily.
 
     Raises:  CheckpointError: `AutoTokenizer` and ours give other ids.
     """
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
-    ids = tokenizer(prompt)["input_ids"]
-    if ids != Tokenizer.load(directory).encode_batch([prompt])[0]:
-        raise CheckpointError(f"AutoTokenizer reads {directory} in another way than preprocessing did: {ids}.")
-    with torch.no_grad():
-        continued = model.generate(
-            torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            max_new_tokens=8,
-            do_sample=False,
-        )
-    return str(tokenizer.decode(continued[0][len(ids) :], skip_special_tokens=True)).strip()
+    answers = []
+    for prompt, expected in zip(prompts, Tokenizer.load(directory).encode_batch(prompts), strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")
+        if ids["input_ids"][0].tolist() != expected:
+            raise CheckpointError(
+                f"AutoTokenizer reads {prompt!r} in {directory} as {ids}, preprocessing as {expected}."
+            )
+        with torch.no_grad():
+            continued = model.generate(
+                ids["input_ids"], attention_mask=ids["attention_mask"], max_new_tokens=PROBE_TOKENS, do_sample=False
+            )
+        answers.append(str(tokenizer.decode(continued[0][len(expected) :], skip_special_tokens=True)).strip())
+    return answers
