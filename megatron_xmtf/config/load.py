@@ -41,6 +41,8 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool | None):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no plain word", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
             seen.add(key)
@@ -82,7 +84,8 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     """
     values = load_yaml(path)
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}; a configuration is a mapping of keys.")
+        found = "is empty" if values is None else f"holds a {type(values).__name__}"
+        raise ConfigError(f"{path} {found}; a configuration is a mapping of keys.")
     for override in overrides:
         _apply_override(values, override)
     return config_from_mapping(values, RunConfig, source=str(path))
@@ -96,7 +99,7 @@ def config_from_mapping(values: Mapping[str, Any], schema: type[Model], *, sourc
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        faults = [_word_fault(fault, schema) for fault in error.errors(include_url=False)]
+        faults = [_word_fault(fault, schema) for fault in _without_alternatives(error.errors(include_url=False))]
         raise ConfigError(f"{source}: " + "; ".join(faults) + ".") from error
 
 
@@ -138,6 +141,24 @@ def _list_index(values: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
+def _without_alternatives(faults: list[Any]) -> list[Any]:
+    """Join the faults of a key that may be one of several types; pydantic reports one for each type, by its name.
+
+    ("checkpoint", "resume", "literal[...]") and ("checkpoint", "resume", "constrained-int") -> ("checkpoint", "resume")
+    """
+    joined: dict[Any, Any] = {}
+    for number, fault in enumerate(faults):
+        location = fault["loc"]
+        names_a_type = bool(location) and re.search(r"[-\[]", str(location[-1])) and fault["type"] != "extra_forbidden"
+        if not names_a_type:
+            joined[number] = fault
+        elif location[:-1] in joined:
+            joined[location[:-1]]["msg"] += " or " + fault["msg"].removeprefix("Input should be ")
+        else:
+            joined[location[:-1]] = {**fault, "loc": location[:-1]}
+    return list(joined.values())
+
+
 def _word_fault(fault: Any, schema: type[BaseModel]) -> str:
     """Word one pydantic fault: key, value, rule; for an unknown key its nearest known spellings."""
     location = [part for part in fault["loc"]]
@@ -148,6 +169,8 @@ def _word_fault(fault: Any, schema: type[BaseModel]) -> str:
         return f"unknown key {key!r}, {nearest_names(str(location[-1]), known)}"
     if fault["type"] == "missing":
         return f"key {key!r} is required and missing"
+    if fault["type"] == "model_type":
+        return f"{key}={fault['input']!r}: a section of keys is needed"
     message = str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return f"{key}: {message}" if key else message
