@@ -60,9 +60,11 @@ def world_size_from_environment() -> int:
 def check_world_size(parallel: ParallelConfig, world_size: int) -> int:
     """Return the data-parallel size.
 
-    Raises:  ConfigError: the world size is not a multiple of tp x pp.
+    Raises:  ConfigError: the world size is below 1, or not a multiple of tp x pp.
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world_size < 1:
+        raise ConfigError(f"nproc={world_size}: at least one rank is needed; this layout takes {tp * pp} (--nproc).")
     if world_size % (tp * pp):
         raise ConfigError(
             f"{world_size} ranks cannot hold tensor_model_parallel_size x pipeline_model_parallel_size = {tp} x {pp}: "
