@@ -20,10 +20,10 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from megatron_xmtf.config.schema import RunConfig
+from megatron_xmtf.config.schema import OptimizerConfig, RunConfig
 from megatron_xmtf.models.registry import DTYPES
 
-__all__ = ["GroupStepAdam", "build_optimizer", "set_learning_rate"]
+__all__ = ["GroupStepAdam", "apply_settings", "build_optimizer", "set_learning_rate"]
 
 
 class GroupStepAdam(torch.optim.Optimizer):
@@ -111,13 +111,24 @@ def build_optimizer(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> Meg
         ),
         list(chunks),
     )
-    for group in optimizer.param_groups:
-        # Megatron-Core marks norms and biases with wd_mult 0 and leaves it to Megatron-LM's scheduler to obey.
-        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+    apply_settings(optimizer, settings)
     for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
         if isinstance(part, DistributedOptimizer):
             _count_bucket_padding(part)
     return optimizer
+
+
+def apply_settings(optimizer: MegatronOptimizer, settings: OptimizerConfig) -> None:
+    """Set what the configuration says of every parameter group; the learning rate has its own schedule.
+
+    A loaded checkpoint brings the values of the run that wrote it: without this, settings that were changed on
+    purpose (`--allow-change optimizer.adam_beta2`) would be put back without a word.
+    """
+    for group in optimizer.param_groups:
+        # Megatron-Core marks norms and biases with wd_mult 0 and leaves it to Megatron-LM's scheduler to obey.
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+        group["betas"] = (settings.adam_beta1, settings.adam_beta2)
+        group["eps"] = settings.adam_eps
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:

@@ -45,7 +45,7 @@ from megatron_xmtf.training.metrics import (
     step_metrics,
     validation_line,
 )
-from megatron_xmtf.training.optimizer import build_optimizer, set_learning_rate
+from megatron_xmtf.training.optimizer import apply_settings, build_optimizer, set_learning_rate
 from megatron_xmtf.training.prepare import PreparedRun, open_training_rows, open_validation_rows
 from megatron_xmtf.training.schedule import learning_rate
 from megatron_xmtf.training.validation import validation_losses
@@ -95,6 +95,7 @@ class Trainer:
         self._connect_schedule()
         if prepared.start.resumed:
             load_training_state(self.chunks, self.optimizer, prepared.start.checkpoint)
+            apply_settings(self.optimizer, self.config.optimizer)
         # data
         self.loader = BatchLoader(
             open_training_rows(prepared),

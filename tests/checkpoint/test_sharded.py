@@ -13,9 +13,10 @@ import torch
 from megatron_xmtf.config import RunConfig
 from megatron_xmtf.errors import CheckpointError, ConfigMismatchError, CorruptCheckpointError, MissingError
 from megatron_xmtf.parallel.launch import run_ranks
+from megatron_xmtf.parallel.topology import initialize_parallel
 from megatron_xmtf.training.launch import train
-from megatron_xmtf.training.prepare import prepare_run
-from megatron_xmtf.training.trainer import train_rank
+from megatron_xmtf.training.prepare import PreparedRun, prepare_run
+from megatron_xmtf.training.trainer import Trainer, train_rank
 from tests.layouts import PP, TP
 
 STEPS, STOP = 12, 6
@@ -140,6 +141,21 @@ def test_a_changed_setting_is_refused_unless_allowed(whole: Any, tmp_path: Path)
     with pytest.raises(ConfigMismatchError, match=r"optimizer.lr: 0.001 -> 0.0005"):
         prepare_run(config, world_size=world_size)
     prepare_run(config, world_size=world_size, allowed_changes=["optimizer.lr"])
+
+
+def rank_groups(prepared: PreparedRun) -> list[tuple[float, tuple[float, float], float]]:
+    """Build a trainer in one rank and return weight decay, betas and eps of its parameter groups."""
+    trainer = Trainer(prepared, initialize_parallel(prepared.config.parallel, seed=1))
+    groups = trainer.optimizer.param_groups
+    return sorted({(group["weight_decay"], tuple(group["betas"]), group["eps"]) for group in groups})
+
+
+def test_an_allowed_change_takes_effect(whole: Any, tmp_path: Path) -> None:
+    changed = {"lr": 1e-3, "weight_decay": 0.5, "adam_beta2": 0.5, "adam_eps": 1e-6}
+    _, config, world_size = resumed(whole, tmp_path, 4, SAVED_AT, optimizer=changed)
+    prepared = prepare_run(config, world_size=world_size, allowed_changes=["optimizer"])
+    for groups in run_ranks(rank_groups, world_size=world_size, arguments=(prepared,)):
+        assert groups == [(0.0, (0.9, 0.5), 1e-6), (0.5, (0.9, 0.5), 1e-6)]
 
 
 def test_a_missing_step_is_an_error(whole: Any, tmp_path: Path) -> None:
