@@ -58,8 +58,8 @@ def _words(outcome: Outcome) -> list[str]:
         "No text of the pretraining says what comes before an item, so the finetuning can teach “before” for its own "
         "English items, and finds nothing in the other languages that it could carry over: a model that continues "
         "lists does not turn them round by itself.",
-        "Picking one of four answers is easier than producing one. The table below shows what the exported model writes "
-        "by itself about Monday in some languages: so small a model often slips into another language there.",
+        "Picking one of four answers is easier than producing one. The table below shows what the exported model "
+        "writes by itself about Monday in some languages: so small a model often slips into another language there.",
     ]
 
 
