@@ -28,9 +28,13 @@ setup: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 ifeq ($(TORCH),installed)
+	$(PYTHON) -c "import torch; print('using the installed torch', torch.__version__, 'of', torch.__file__)"
 	$(PYTHON) -m venv --system-site-packages $(VENV)
-	grep -v '^torch==' constraints.txt > $(CONSTRAINTS)
-	$(BIN)/python -c "import torch; print('using the installed torch', torch.__version__)"
+	$(PYTHON) -c "import torch; print('torch==' + torch.__version__)" > $(CONSTRAINTS)
+	grep -v '^torch==' constraints.txt >> $(CONSTRAINTS)
+	# A virtual environment made from another one does not see that one's packages by itself.
+	$(PYTHON) -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parent.parent)" \
+	    > $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/installed_torch.pth
 else
 	$(PYTHON) -m venv $(VENV)
 	cp constraints.txt $(CONSTRAINTS)
@@ -43,9 +47,9 @@ quickstart: setup
 	$(BIN)/xmtf quickstart --output $(OUTPUT) --nproc $(NPROC)
 
 lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
@@ -54,8 +58,8 @@ drill: setup
 	$(BIN)/python -m pytest -m slow
 
 format: setup
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -22,6 +22,7 @@ setup(
         "transformers>=4.56",
         "tokenizers>=0.20",
         "sentencepiece>=0.2",
+        "protobuf>=4",  # transformers reads sentencepiece models through it
         "numpy>=1.26",
         "psutil>=5.9",  # Megatron-Core's checkpoint writers; without it a save waits forever
         "safetensors>=0.4.5",
@@ -30,7 +31,6 @@ setup(
         "jinja2>=3.1.6",  # 3.1.6: first release without the known sandbox escapes
         "rich>=13",
         "babel>=2.15",
-        "matplotlib>=3.8",
     ],
     extras_require={
         "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
