@@ -16,6 +16,7 @@ from megatron_xmtf.checkpoint.manifest import MANIFEST_NAME, open_manifest
 from megatron_xmtf.config.load import write_config
 from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.conversion.huggingface import import_huggingface
+from megatron_xmtf.conversion.huggingface_model import read_config
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.loader import require_even_deal
 from megatron_xmtf.data.mixture import open_datasets
@@ -23,9 +24,9 @@ from megatron_xmtf.data.packing import build_packing_index, index_directory, ope
 from megatron_xmtf.data.packing_index import PackingIndex
 from megatron_xmtf.data.rows import PackedRows
 from megatron_xmtf.data.tokenizer import Tokenizer
-from megatron_xmtf.errors import CheckpointError, ConfigError, MissingError
-from megatron_xmtf.files import require_directory
-from megatron_xmtf.models.architecture import BloomArchitecture, architecture_from_mapping
+from megatron_xmtf.errors import CheckpointError, ConfigError, CorruptCheckpointError, MissingError
+from megatron_xmtf.files import require_directory, sha256_json
+from megatron_xmtf.models.architecture import BloomArchitecture, architecture_from_hf, architecture_from_mapping
 from megatron_xmtf.parallel.topology import check_world_size
 from megatron_xmtf.training.resume import check_same_run
 
@@ -39,6 +40,7 @@ class StartPoint:
     """Where a run starts: fresh weights of `checkpoint`, or all of its state when `resumed`."""
 
     checkpoint: Path
+    """Exists, unless a Hugging Face model is still to be imported there."""
     resumed: bool
     step: int
     """Steps already done."""
@@ -65,22 +67,29 @@ def prepare_run(config: RunConfig, *, world_size: int, allowed_changes: Sequence
     data_parallel_size = check_world_size(config.parallel, world_size)
     _check_global_batch(config, data_parallel_size)
     start = _start_point(config, allowed_changes)
-    architecture = architecture_from_mapping(open_manifest(start.checkpoint).architecture)
+    # A model still to be imported is checked where it is, so that a mistake leaves no import behind.
+    is_checkpoint = (start.checkpoint / MANIFEST_NAME).is_file()
+    if is_checkpoint:
+        architecture = architecture_from_mapping(open_manifest(start.checkpoint).architecture)
+    else:
+        architecture = architecture_from_hf(read_config(Path(config.model)))
     architecture.check_split(config.parallel)
-    hf_files = start.checkpoint / "hf"
-    tokenizer = Tokenizer.load(hf_files)
+    tokenizer = Tokenizer.load(start.checkpoint / "hf" if is_checkpoint else config.model)
     if tokenizer.vocab_size > architecture.vocab_size:
         raise CheckpointError(
-            f"the tokenizer of {start.checkpoint} has {tokenizer.vocab_size} words, the model's embedding "
+            f"the tokenizer of {tokenizer.directory} has {tokenizer.vocab_size} words, the model's embedding "
             f"{architecture.vocab_size} rows: they do not belong together."
         )
     datasets = open_datasets(config.data.train, tokenizer=tokenizer)
     open_datasets(config.data.validation, tokenizer=tokenizer)
+    if not is_checkpoint:
+        logger.info("importing %s", config.model)
+        import_huggingface(config.model, start.checkpoint)
     _index(config, datasets, build=config.data.build_index)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     write_config(config, output / "config.yaml")
-    return PreparedRun(config=config, architecture=architecture, start=start, hf_files=hf_files)
+    return PreparedRun(config=config, architecture=architecture, start=start, hf_files=start.checkpoint / "hf")
 
 
 def open_training_rows(prepared: PreparedRun) -> PackedRows:
@@ -137,6 +146,8 @@ def _start_point(config: RunConfig, allowed_changes: Sequence[str]) -> StartPoin
                 f"there is no finished checkpoint of step {resume} in {checkpoints}; there are: {steps}."
             )
         return _resumed(config, chosen, allowed_changes)
+    if checkpoints.is_dir():
+        _refuse_damaged(checkpoints, existing)
     if resume == "latest" and existing:
         return _resumed(config, find_checkpoint(checkpoints), allowed_changes)
     return StartPoint(checkpoint=_initial_checkpoint(config), resumed=False, step=0)
@@ -154,15 +165,31 @@ def _resumed(config: RunConfig, checkpoint: Path, allowed_changes: Sequence[str]
 
 
 def _initial_checkpoint(config: RunConfig) -> Path:
-    """Return the checkpoint of `model`, importing a Hugging Face directory once into OUT/imported."""
+    """Return the checkpoint of `model`, or the place in OUT/imported where a Hugging Face directory belongs.
+
+    The place is named after the model's files, so that another `model` never finds the weights of an earlier one.
+    """
     model = require_directory(config.model)
     if (model / MANIFEST_NAME).is_file() or not (model / "config.json").is_file():
         return find_checkpoint(model)
-    imported = Path(config.output) / "imported"
-    if not (imported / MANIFEST_NAME).is_file():
-        logger.info("importing %s", model)
-        import_huggingface(model, imported)
-    return imported
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in model.iterdir() if path.is_file()]
+    return Path(config.output) / "imported" / sha256_json([str(model.resolve()), *sorted(files)])[:16]
+
+
+def _refuse_damaged(checkpoints: Path, existing: Sequence[tuple[int, Path]]) -> None:
+    """Refuse to go back behind a checkpoint that has lost its manifest (a copy that was broken off).
+
+    Writers and `prune_checkpoints` rename whole directories, so none of theirs is ever seen without one.
+    """
+    newest = existing[-1][0] if existing else -1
+    for child in sorted(checkpoints.glob("step_*")):
+        number = child.name.removeprefix("step_")
+        if number.isdigit() and int(number) > newest and not (child / MANIFEST_NAME).is_file():
+            older = f"resume with checkpoint.resume={newest}" if existing else "start over in another output"
+            raise CorruptCheckpointError(
+                f"{child} has no {MANIFEST_NAME}: it was not copied whole, and training would silently start again "
+                f"from step {max(newest, 0)}. Copy it again, or remove it, or {older}."
+            )
 
 
 def _index(config: RunConfig, datasets: Sequence[ExampleDataset], *, build: bool) -> PackingIndex:
