@@ -46,6 +46,11 @@ def train(
         if is_first:
             _write_status(config, error.exit_code, f"{type(error).__name__}: {error}")
         raise
+    except BaseException as error:
+        # A defect, or Ctrl-C: the status of an earlier part of the run must not stand for this one.
+        if is_first:
+            _write_status(config, ExitCode.FAILED, f"{type(error).__name__}: {error}")
+        raise
     if is_first and result is not None:
         _write_status(config, ExitCode.DONE, f"step {result['last_step']} of {config.train_steps} done")
     return result if is_first else None
