@@ -8,6 +8,7 @@ OpenMP's threads do not survive a fork: a process that will start ranks calls `p
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import pickle
@@ -107,6 +108,9 @@ def _rank_main(
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C and ends the ranks
+    if rank:
+        # Layout and kernels are the same on all ranks: rank 0 says them, once.
+        logging.getLogger().setLevel(max(logging.WARNING, logging.getLogger().level))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), XMTF_RENDEZVOUS_FILE=rendezvous)
     if not torch.cuda.is_available():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's own name often does not resolve
