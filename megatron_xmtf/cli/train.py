@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 HELP = "Train: tensor x pipeline x data parallel, on CPU or GPU; starts N local ranks, or joins torchrun/srun."
 EXAMPLE = """\
@@ -31,11 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train as the arguments say."""
+    from contextlib import nullcontext, redirect_stdout
+
     from megatron_xmtf.config import load_config
     from megatron_xmtf.training.launch import train
 
     config = load_config(arguments.config, arguments.overrides)
-    result = train(config, nproc=arguments.nproc, allowed_changes=arguments.allow_change, dry_run=arguments.dry_run)
+    # With --json standard output holds the result alone; the lines of the steps go where the other messages are.
+    with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
+        result = train(config, nproc=arguments.nproc, allowed_changes=arguments.allow_change, dry_run=arguments.dry_run)
     if result is None:
         return 0
     if arguments.json:
