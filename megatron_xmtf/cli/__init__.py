@@ -74,9 +74,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
     parsed, rest = parser.parse_known_args(arguments)
     if rest:
-        if not hasattr(parsed, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        parsed.overrides = [*parsed.overrides, *rest]
+        # `overrides` of train, the words behind CONFIG of pack and evaluate; a verb without them takes no more words.
+        words = getattr(parsed, "overrides", None) or getattr(parsed, "config", None)
+        takes_overrides = hasattr(parsed, "overrides") or isinstance(words, list)
+        flags = [word for word in rest if word.startswith("-")]
+        if flags or not takes_overrides:
+            parser.error(f"{parsed.verb} does not know {' '.join(flags or rest)}; see xmtf {parsed.verb} --help")
+        if hasattr(parsed, "overrides"):
+            parsed.overrides = [*parsed.overrides, *rest]
+        else:
+            parsed.config = [*(parsed.config or []), *rest]
     return parsed
 
 
@@ -101,6 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"xmtf {parsed.verb}: interrupted", file=sys.stderr)
         return int(ExitCode.FAILED)
+    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        if error.filename is None:
+            traceback.print_exc()
+            return int(ExitCode.FAILED)
+        print(
+            f"xmtf {parsed.verb}: {error.filename}: {error.strerror}; name another path, or mend it.", file=sys.stderr
+        )
+        return int(ExitCode.USER)
     except BrokenPipeError:
         # The reader (head, less) went away; Python would complain again at shutdown when flushing.
         sys.stderr.close()
