@@ -88,11 +88,13 @@ def _checkpoint(path: Path, *, deep: bool) -> tuple[dict[str, Any], str]:
 
     from megatron_xmtf.checkpoint.directory import find_checkpoint
     from megatron_xmtf.checkpoint.manifest import open_manifest, verify_hashes
+    from megatron_xmtf.checkpoint.safe_read import read_metadata
 
     directory = find_checkpoint(path)
     manifest = open_manifest(directory)
     if deep:
         verify_hashes(directory, manifest)
+        read_metadata(directory)  # hashes prove a file whole; reading the pickle, that it is harmless
     report = {"type": "checkpoint", "path": str(directory), "unaltered": True if deep else None, **asdict(manifest)}
     shape = ", ".join(f"{name} {value}" for name, value in manifest.architecture.items())
     lines = [
@@ -116,6 +118,8 @@ def _dataset(path: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any],
     lengths = {half.split("_")[0]: length_statistics(file.lengths) for half, file in dataset.halves.items()}
     if dataset.kind == "pairs":
         lengths["examples"] = length_statistics(dataset.input_lengths + dataset.target_lengths)
+    if arguments.start >= len(dataset):
+        raise ConfigError(f"--start {arguments.start}: {dataset.prefix} has {len(dataset)} examples, counted from 0.")
     last = min(arguments.start + arguments.show, len(dataset))
     report = {
         "type": "dataset",

@@ -88,7 +88,8 @@ def _pack_data(arguments: argparse.Namespace) -> dict[str, Any]:
     from megatron_xmtf.data.packing import pack_mixture
 
     if arguments.sequence_length is None or arguments.sequence_length < 1:
-        raise ConfigError(f"--data needs --sequence-length N, at least 1; it is {arguments.sequence_length}.")
+        given = "it is missing" if arguments.sequence_length is None else f"it is {arguments.sequence_length}"
+        raise ConfigError(f"--data needs --sequence-length N, tokens of a row, at least 1; {given}.")
     seed = 42 if arguments.seed is None else arguments.seed
     if seed < 0:
         raise ConfigError(f"--seed {seed} is negative; seeds count from 0.")
