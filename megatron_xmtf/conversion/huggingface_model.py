@@ -13,6 +13,7 @@ import json
 import logging
 import pickle
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,12 +219,14 @@ def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
     try:
         with open(path, "rb") as stream:
             is_zip = stream.read(2) == b"PK"
-        # Files older than torch 1.6 are no zip archives and cannot be memory-mapped.
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the pickle protocol; what matters comes as an error
+            # Files older than torch 1.6 are no zip archives and cannot be memory-mapped.
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
+        # torch's own words advise to load it without the restriction.
         raise CorruptCheckpointError(
-            f"{path} is refused: it holds more than tensors ({str(error).splitlines()[0]}). "
-            "Ask for a safetensors version of the model."
+            f"{path} is refused: it holds more than tensors, or is damaged. Ask for a safetensors version of the model."
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
         raise CorruptCheckpointError(f"{path} is damaged: {str(error).splitlines()[0]}. Get it again.") from error

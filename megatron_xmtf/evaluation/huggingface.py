@@ -59,7 +59,12 @@ class HuggingFaceBackend:
         except CheckpointError:
             raise
         except Exception as error:  # transformers and safetensors raise a dozen unrelated classes for bad files
-            raise CheckpointError(f"{directory} cannot be read by transformers: {error}") from error
+            if "weights_only" in str(error):
+                # torch's own words advise to load it without the restriction.
+                words = "its weights are a pickle that holds more than tensors; ask for a safetensors version."
+            else:
+                words = str(error).strip() or type(error).__name__
+            raise CheckpointError(f"{directory} cannot be read by transformers: {words}") from error
         absent = sorted([*report["missing_keys"], *(str(entry) for entry in report["mismatched_keys"])])
         if absent:
             raise CheckpointError(
