@@ -25,7 +25,6 @@ class BloomArchitecture:
     vocab_size: int
     """Rows of the embedding that the Hugging Face model has."""
     layernorm_epsilon: float = 1e-5
-    apply_residual_connection_post_layernorm: bool = False
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     family: str = "bloom"
@@ -90,12 +89,18 @@ def architecture_from_mapping(values: Mapping[str, Any]) -> BloomArchitecture:
 def architecture_from_hf(config: Mapping[str, Any]) -> BloomArchitecture:
     """Read an architecture from the contents of a Hugging Face config.json.
 
-    Raises:  CheckpointError: unknown `model_type`, a missing or impossible size.
+    Raises:  CheckpointError: unknown `model_type`, a missing or impossible size, a residual behind the norm.
     """
     model_type = config.get("model_type")
     if model_type != "bloom":
         raise CheckpointError(
             f"model_type {model_type!r} has no family here; {nearest_names(str(model_type), ['bloom'])}."
+        )
+
+    if config.get("apply_residual_connection_post_layernorm"):
+        raise CheckpointError(
+            "config.json: apply_residual_connection_post_layernorm=true is not offered: Megatron-Core keeps the "
+            "residual before the norm, as every published BLOOM does, and the model would compute something else."
         )
 
     def size(*names: str) -> int:
@@ -117,7 +122,6 @@ def architecture_from_hf(config: Mapping[str, Any]) -> BloomArchitecture:
         num_attention_heads=size("n_head", "num_attention_heads"),
         vocab_size=size("vocab_size"),
         layernorm_epsilon=number("layer_norm_epsilon", 1e-5),
-        apply_residual_connection_post_layernorm=bool(config.get("apply_residual_connection_post_layernorm", False)),
         hidden_dropout=number("hidden_dropout", 0.0),
         attention_dropout=number("attention_dropout", 0.0),
     )

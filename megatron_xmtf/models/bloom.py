@@ -38,8 +38,9 @@ from megatron_xmtf.models.norm import LayerNorm
 
 __all__ = ["BloomModel"]
 
-PADDED_LOGIT = -1e30
-"""Logit of vocabulary rows that exist for divisibility alone: no probability, and no NaN as -inf - -inf would give."""
+PADDED_LOGIT = -60000.0
+"""Logit of vocabulary rows that exist for divisibility alone: exp of it is 0 in fp32, fp16 can hold it (to -65504), and
+-inf - -inf would be NaN."""
 
 
 class BloomEmbedding(MegatronModule):
@@ -92,7 +93,8 @@ class BloomModel(LanguageModule):
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = True
         self.model_type = ModelType.encoder_or_decoder
-        self.register_buffer("slopes", self._local_slopes(), persistent=False)
+        # No buffer: half precision would cast it, and 0.3 % of a slope is six tokens at the far end of 2,048.
+        self.slopes = self._local_slopes()
         if pre_process:
             self.embedding = BloomEmbedding(config, architecture)
         self.decoder = TransformerBlock(
@@ -138,7 +140,7 @@ class BloomModel(LanguageModule):
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            attention_bias=packed_bias(segment_ids, self.slopes.float()),
+            attention_bias=packed_bias(segment_ids, self.slopes),
         )
         if not self.post_process:
             return hidden

@@ -94,7 +94,6 @@ def transformer_config(
         ffn_hidden_size=architecture.ffn_hidden_size,
         num_attention_heads=architecture.num_attention_heads,
         layernorm_epsilon=architecture.layernorm_epsilon,
-        apply_residual_connection_post_layernorm=architecture.apply_residual_connection_post_layernorm,
         hidden_dropout=architecture.hidden_dropout,
         attention_dropout=architecture.attention_dropout,
         # The tanh form is BLOOM's own; the constants are the same as in `transformers` BloomGelu.

@@ -73,10 +73,9 @@ def test_the_vocabulary_is_padded_to_a_multiple_of_128(vocab_size: int, padded: 
     assert architecture.padded_vocab_size == padded
 
 
-def test_a_residual_after_the_norm_is_kept() -> None:
-    assert architecture_from_hf(
-        {**BLOOM_560M, "apply_residual_connection_post_layernorm": True}
-    ).apply_residual_connection_post_layernorm
+def test_a_residual_after_the_norm_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="apply_residual_connection_post_layernorm"):
+        architecture_from_hf({**BLOOM_560M, "apply_residual_connection_post_layernorm": True})
 
 
 @pytest.mark.parametrize(

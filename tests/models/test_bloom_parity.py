@@ -8,19 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core.utils import unwrap_model
 from transformers import BloomForCausalLM
 
 from megatron_xmtf.checkpoint.sharded import load_model_weights
 from megatron_xmtf.config import ParallelConfig
+from megatron_xmtf.conversion.huggingface import import_huggingface
 from megatron_xmtf.data.batch import build_batch
 from megatron_xmtf.data.rows import Row, pack_examples
+from megatron_xmtf.kernels.packed_attention.reference import alibi_slopes
 from megatron_xmtf.models.architecture import architecture_from_hf
-from megatron_xmtf.models.forward import run_logits
+from megatron_xmtf.models.forward import run_forward, run_logits
 from megatron_xmtf.models.registry import build_model
 from megatron_xmtf.parallel.launch import run_ranks
 from megatron_xmtf.parallel.topology import initialize_parallel
 from tests.layouts import layout
-from tests.tiny import random_examples
+from tests.tiny import random_examples, write_tiny_bloom
 
 EXAMPLES = random_examples(40)
 TOLERANCE = 1e-4
@@ -118,3 +121,31 @@ def test_changing_one_example_changes_no_other(tiny_hf: Path, tiny_checkpoint: P
     others = row.segment_ids[:-1] > 1
     assert np.array_equal(before[others], after[others])
     assert not np.allclose(before[row.segment_ids[:-1] == 1], after[row.segment_ids[:-1] == 1])
+
+
+def rank_losses(
+    precision: Any, hf_config: dict[str, Any], checkpoint: Path, rows: list[Row]
+) -> tuple[list[float], np.ndarray]:
+    """Return the ALiBi slopes that a rank uses, and its losses [micro_batch, sequence] of two rows."""
+    initialize_parallel(ParallelConfig(), seed=1)
+    chunks = build_model(architecture_from_hf(hf_config), parallel=ParallelConfig(), precision=precision)
+    load_model_weights(chunks, checkpoint)
+    batch = build_batch(rows[:2], normalization="target_token")
+    [losses] = run_forward(chunks, [batch], lambda batch, losses: (losses * batch.loss_weights).numpy())
+    return unwrap_model(chunks[0]).slopes.tolist(), losses
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_keeps_the_losses_and_fp32_slopes(precision: str, tmp_path: Path, rows: list[Row]) -> None:
+    # The slopes of 16 heads are no powers of two, so that a cast would show; 300 words, so that there are padded ones.
+    write_tiny_bloom(tmp_path / "hf", heads=16)
+    import_huggingface(tmp_path / "hf", tmp_path / "checkpoint")
+
+    def losses_in(precision: str) -> tuple[list[float], np.ndarray]:
+        arguments = (precision, config_of(tmp_path / "hf"), tmp_path / "checkpoint", rows)
+        return run_ranks(rank_losses, world_size=1, arguments=arguments)[0]
+
+    (slopes, half), (_, single) = losses_in(precision), losses_in("fp32")
+    assert slopes == alibi_slopes(16).tolist()
+    assert np.abs(half - single).max() < 0.2
+    assert half.sum() == pytest.approx(single.sum(), rel=5e-3)
