@@ -32,6 +32,7 @@ class PackedCoreAttention(nn.Module):
         super().__init__()
         self.attention = attention
         self.dropout = config.attention_dropout
+        self.is_forked_already = config.sequence_parallel
 
     def forward(
         self,
@@ -46,8 +47,10 @@ class PackedCoreAttention(nn.Module):
     ) -> Tensor:
         """Attend within segments; see `kernels.packed_attention.reference`."""
         dropout = self.dropout if self.training else 0.0
-        if dropout == 0.0:
-            return self.attention(query, key, value, attention_bias)
+        if dropout == 0.0 or self.is_forked_already:
+            # Under sequence parallelism Megatron-Core forks the generator around the whole block; forked once more
+            # inside, hidden and attention dropout would draw the same numbers, and recomputation other ones.
+            return self.attention(query, key, value, attention_bias, dropout=dropout)
         # Heads differ between tensor-parallel ranks, so must their dropout masks.
         with get_cuda_rng_tracker().fork():
             return self.attention(query, key, value, attention_bias, dropout=dropout)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,23 @@ def test_curve_equals_one_process(
     for step, (ours, wanted) in enumerate(zip(curve(run_config, world_size, sections), reference_curve, strict=True)):
         assert ours[0] == pytest.approx(wanted[0], rel=TOLERANCE), f"loss of step {step + 1}"
         assert ours[1] == pytest.approx(wanted[1], rel=10 * TOLERANCE), f"gradient norm of step {step + 1}"
+
+
+@pytest.mark.parametrize("name", ["TP2", "TP2-SP"])
+def test_recomputation_draws_the_same_dropout(
+    name: str, tiny_hf: Path, tmp_path: Path, run_config: Callable[..., RunConfig]
+) -> None:
+    model = shutil.copytree(tiny_hf, tmp_path / "dropout")
+    config = json.loads((model / "config.json").read_text())
+    config.update(hidden_dropout=0.1, attention_dropout=0.1)
+    (model / "config.json").write_text(json.dumps(config))
+    world_size, section = LAYOUTS[name]
+
+    def curve_with(granularity: str) -> list[tuple[float, float]]:
+        sections = {"model": str(model), "parallel": section, "recompute": {"granularity": granularity}}
+        return curve(run_config, world_size, sections)
+
+    assert curve_with("full") == curve_with("none")
 
 
 def test_another_seed_gives_another_curve(
