@@ -116,18 +116,21 @@ def _run_pipeline(
         output, batch = forward_chunk(iterator, chunk, with_labels=with_labels)
         return output, partial(_reduced, reduce, batch)
 
+    # The interleaved schedule wants a multiple of the stages: the last batch is run again, and its results are dropped.
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    filled = [*batches, *batches[-1:] * (-len(batches) % stages)] if len(chunks) > 1 else list(batches)
     results = get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=chunk_iterators(batches, chunks) if len(chunks) > 1 else iter(batches),
+        data_iterator=chunk_iterators(filled, chunks) if len(chunks) > 1 else iter(filled),
         model=list(chunks),
-        num_microbatches=len(batches),
+        num_microbatches=len(filled),
         seq_length=sequence_length,
         micro_batch_size=micro_batch_size,
         forward_only=True,
         collect_non_loss_data=True,
     )
-    holder = [results if parallel_state.is_pipeline_last_stage() else None]
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+    holder = [results[: len(batches)] if parallel_state.is_pipeline_last_stage() else None]
+    if stages > 1:
         torch.distributed.broadcast_object_list(
             holder,
             src=parallel_state.get_pipeline_model_parallel_last_rank(),

@@ -32,7 +32,10 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
     packed = pack_examples(EXAMPLES, sequence_length=64, pad_id=3)
-    return packed[: len(packed) // 2 * 2]
+    # An odd number of micro-batches of two: no layout may depend on its being a multiple of anything.
+    chosen = packed[: (len(packed) // 4 * 2 - 1) * 2]
+    assert len(chosen) // 2 % 2 == 1
+    return chosen
 
 
 @pytest.fixture(scope="module")
