@@ -54,7 +54,7 @@ class PreparedRun:
     architecture: BloomArchitecture
     start: StartPoint
     hf_files: Path
-    """Directory with config.json and tokenizer files, carried into every checkpoint."""
+    """Directory with config.json and tokenizer files, carried into the first checkpoint, from there into the next."""
 
 
 def prepare_run(config: RunConfig, *, world_size: int, allowed_changes: Sequence[str] = ()) -> PreparedRun:
@@ -144,6 +144,13 @@ def _start_point(config: RunConfig, allowed_changes: Sequence[str]) -> StartPoin
             steps = ", ".join(str(step) for step, _ in existing) or "none"
             raise MissingError(
                 f"there is no finished checkpoint of step {resume} in {checkpoints}; there are: {steps}."
+            )
+        later = [step for step, _ in existing if step > resume]
+        if later:
+            raise ConfigError(
+                f"checkpoint.resume={resume} would train again what {checkpoints} already holds (steps "
+                f"{', '.join(map(str, later))}), and a checkpoint is never overwritten; move those away, or copy "
+                f"{chosen.name} into the checkpoints of another output."
             )
         return _resumed(config, chosen, allowed_changes)
     if checkpoints.is_dir():

@@ -26,6 +26,9 @@ FREE_KEYS = (
     "data.validation",
 )
 
+FIXED_KEY = "batch.global_batch_size"
+"""Never let through: step x global_batch_size is the cursor; rows would be read twice or not at all."""
+
 
 def check_same_run(config: RunConfig, saved: Mapping[str, Any], *, allowed_changes: Sequence[str]) -> None:
     """Compare a run's configuration with the one in the checkpoint it resumes.
@@ -34,10 +37,18 @@ def check_same_run(config: RunConfig, saved: Mapping[str, Any], *, allowed_chang
     Raises:  ConfigMismatchError: every differing key with both values, and how to allow it.
     """
     now, before = _flat(config.model_dump(mode="json")), _flat(saved)
+    if now[FIXED_KEY] != before.get(FIXED_KEY):
+        raise ConfigMismatchError(
+            f"{FIXED_KEY} is {now[FIXED_KEY]}, the resumed checkpoint's is {before.get(FIXED_KEY)}: the place "
+            "in the data would be lost. Put it back, or start a new run with model=CHECKPOINT and another output."
+        )
     free = list(FREE_KEYS) + list(allowed_changes)
     if config.schedule.lr_decay_style == "constant":
         # A constant rate does not know the end of the run: it may be made longer.
         free += ["schedule.train_steps", "schedule.train_rows"]
+    if config.loss.normalization == "target_sequence_per_micro_batch":
+        # This loss is another one with other micro-batches.
+        free.remove("batch.micro_batch_size")
     differing = [
         key
         for key in sorted(now.keys() | before.keys())

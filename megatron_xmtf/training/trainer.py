@@ -87,6 +87,7 @@ class Trainer:
         self.prepared, self.topology = prepared, topology
         self.config: RunConfig = prepared.config
         self.step = prepared.start.step
+        self.hf_files = prepared.hf_files
         # model and optimizer: weights are loaded before the optimizer copies them
         self.chunks = _build_chunks(prepared)
         if not prepared.start.resumed:
@@ -218,8 +219,10 @@ class Trainer:
                 step=self.step,
                 config=self.config,
                 consumed_rows=self.step * self.config.batch.global_batch_size,
-                hf_files=self.prepared.hf_files,
+                hf_files=self.hf_files,
             )
+        # The checkpoint that the run was resumed from may be pruned; the newest one never is.
+        self.hf_files = path / "hf"
         if self.topology.rank == 0:
             keep = self.config.checkpoint
             prune_checkpoints(checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every)

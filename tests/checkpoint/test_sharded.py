@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_xmtf.config import RunConfig
-from megatron_xmtf.errors import CheckpointError, ConfigMismatchError, CorruptCheckpointError, MissingError
+from megatron_xmtf.errors import CheckpointError, ConfigError, ConfigMismatchError, CorruptCheckpointError, MissingError
 from megatron_xmtf.parallel.launch import run_ranks
 from megatron_xmtf.parallel.topology import initialize_parallel
 from megatron_xmtf.training.launch import train
@@ -162,6 +162,25 @@ def test_a_missing_step_is_an_error(whole: Any, tmp_path: Path) -> None:
     _, config, world_size = resumed(whole, tmp_path, 4, SAVED_AT, checkpoint={"resume": 9})
     with pytest.raises(MissingError, match="no finished checkpoint of step 9"):
         prepare_run(config, world_size=world_size)
+
+
+def test_going_back_behind_a_later_checkpoint_is_refused_before_anything_is_trained(whole: Any, tmp_path: Path) -> None:
+    make, config, _ = whole
+    again = make(output=config.output, parallel=SAVED_AT, checkpoint={"resume": STOP})
+    with pytest.raises(ConfigError, match=f"resume={STOP} would train again .*steps {STEPS}"):
+        prepare_run(again, world_size=4)
+
+
+def test_a_resumed_run_outlives_the_checkpoint_it_started_from(run_config: Callable[..., RunConfig]) -> None:
+    def config(steps: int) -> RunConfig:
+        return run_config(schedule={"train_steps": steps}, checkpoint={"save_interval": 1, "keep_last": 2})
+
+    train_to(config(1), 1)
+    metrics = train_to(config(4), 1)  # step 1 is pruned after step 3; its tokenizer files are needed at step 4 as well
+    assert list(metrics) == [1, 2, 3, 4]
+    checkpoints = Path(config(4).output) / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_0000003", "step_0000004"]
+    assert (checkpoints / "step_0000004" / "hf" / "tokenizer.json").is_file()
 
 
 def test_a_damaged_checkpoint_is_refused(whole: Any, tmp_path: Path) -> None:

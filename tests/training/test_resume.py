@@ -58,7 +58,6 @@ def test_what_does_not_change_the_curve_is_free(sections: dict[str, Any]) -> Non
         ({"optimizer": {"lr": 1e-3}}, "optimizer.lr: 2e-05 -> 0.001"),
         ({"seed": 1}, "seed: 42 -> 1"),
         ({"precision": "fp32"}, "precision: 'bf16' -> 'fp32'"),
-        ({"batch": {"global_batch_size": 8}}, "batch.global_batch_size: 2048 -> 8"),
         ({"batch": {"sequence_length": 64}}, "batch.sequence_length: 2048 -> 64"),
         ({"loss": {"normalization": "target_token"}}, "loss.normalization: 'target_sequence' -> 'target_token'"),
         ({"schedule": {"train_steps": 10, "lr_warmup_steps": 2}}, "schedule.lr_warmup_steps: 0 -> 2"),
@@ -76,6 +75,17 @@ def test_what_changes_the_curve_is_named_with_both_values(sections: dict[str, An
     assert words in str(caught.value)
     assert "--allow-change" in str(caught.value)
     assert caught.value.exit_code == ExitCode.CONFIG_MISMATCH
+
+
+def test_the_global_batch_is_the_cursor_and_never_changes() -> None:
+    with pytest.raises(ConfigMismatchError, match="global_batch_size is 8, the resumed checkpoint's is 2048"):
+        check_same_run(run(batch={"global_batch_size": 8}), saved(run()), allowed_changes=["batch"])
+
+
+def test_micro_batches_are_part_of_a_loss_that_is_divided_within_them() -> None:
+    loss = {"normalization": "target_sequence_per_micro_batch"}
+    with pytest.raises(ConfigMismatchError, match=r"batch\.micro_batch_size: 1 -> 4"):
+        check_same_run(run(loss=loss, batch={"micro_batch_size": 4}), saved(run(loss=loss)), allowed_changes=[])
 
 
 def test_every_difference_is_named_at_once() -> None:
