@@ -39,7 +39,10 @@ Six of each, so that every continent is right equally often; each country has a 
 REGION_OF_ZONE = {"Europe": "150", "Asia": "142", "Africa": "002", "America": "019"}
 """First part of a time zone's name -> UN M.49 region."""
 
-TABLES = ("months", "days", "territories", "languages", "currency_names")
+UNITS = ("second", "minute", "hour", "day", "week", "month", "year")
+"""Units of time that a list goes through, the shortest first."""
+
+TABLES = ("months", "days", "territories", "languages", "scripts", "currency_names", "unit_patterns")
 LONGEST_ENGLISH_NAME = 20
 """Characters; longer country names of the additional English rows are left out."""
 
@@ -65,6 +68,10 @@ class LanguageFacts:
     """Name of the currency now in use there."""
     continents: Mapping[str, str]
     """UN M.49 region -> name."""
+    scripts: tuple[tuple[str, str], ...]
+    """(name of a language, name of the script that it is written in), for each of `LANGUAGES`."""
+    units: tuple[str, ...]
+    """One of each of `UNITS`, as in "1 hour"."""
 
     @property
     def country_rows(self) -> list[CountryRow]:
@@ -84,10 +91,12 @@ def load_facts(language: str) -> LanguageFacts:
     Args:    language: one of `LANGUAGES`.
     """
     from babel import localedata
+    from babel.core import get_global
     from babel.localedata import LocaleDataDict
 
     whole = localedata.load(language)
     data: Any = LocaleDataDict(copy.deepcopy({name: whole[name] for name in TABLES}))
+    likely = get_global("likely_subtags")
     months, days = data["months"]["stand-alone"]["wide"], data["days"]["stand-alone"]["wide"]
     facts = LanguageFacts(
         language=language,
@@ -97,6 +106,12 @@ def load_facts(language: str) -> LanguageFacts:
         countries={code: _plain(data["territories"][code]) for code in CONTINENT_OF_COUNTRY},
         currencies={code: _plain(data["currency_names"][_currency(code)]) for code in CONTINENT_OF_COUNTRY},
         continents={code: _plain(data["territories"][code]) for code in sorted(set(CONTINENT_OF_COUNTRY.values()))},
+        scripts=tuple(
+            # A likely subtag is spelled language_Script_TERRITORY, as in "ru_Cyrl_RU".
+            (_plain(data["languages"][code]), _script(data["scripts"], likely[code].split("_")[1]))
+            for code in LANGUAGES
+        ),
+        units=tuple(_one(data["unit_patterns"][f"duration-{unit}"]) for unit in UNITS),
     )
     for kind, names in (
         ("months", facts.months),
@@ -104,6 +119,8 @@ def load_facts(language: str) -> LanguageFacts:
         ("countries", facts.countries.values()),
         ("currencies", facts.currencies.values()),
         ("continents", facts.continents.values()),
+        ("languages", [name for name, _ in facts.scripts]),
+        ("units", facts.units),
     ):
         _require_different(names, f"{kind} of CLDR language {language}")
     return facts
@@ -141,6 +158,21 @@ def _currency(country: str) -> str:
     from babel.numbers import get_territory_currencies
 
     return str(get_territory_currencies(country)[0])
+
+
+def _script(names: Mapping[str, str], code: str) -> str:
+    """Name a script; one that a language has no own word for goes by its ISO 15924 code, as CLDR's root has it."""
+    return _plain(names.get(code, code))
+
+
+def _one(widths: Mapping[str, Mapping[str, str]]) -> str:
+    """Fill a unit's pattern, such as "{0} hour", with 1.
+
+    Args:    widths: "long" and "short" -> plural form -> pattern. What the long ones lack is as in the short ones, and
+             a language without a singular has "other" alone.
+    """
+    patterns = {**widths.get("narrow", {}), **widths.get("short", {}), **widths.get("long", {})}
+    return _plain(patterns.get("one", patterns["other"]).format(1))
 
 
 def _plain(name: str) -> str:

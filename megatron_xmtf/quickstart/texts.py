@@ -1,8 +1,9 @@
 """Plain texts in 46 languages for the short pretraining: lists and tables, as such facts stand on web pages.
 
-    list     mars, avril, mai, juin, …                      months or days, from any of them on, round and round
+    list     mars, avril, mai, juin, …                      months, days or units of time, from any on, round and round
     table    Japon | Asie | yen japonais                     eight countries a text
     pair     Japon: yen japonais                             eight countries, one of the two columns
+    script   russe | cyrillique                              eight languages and what they are written in
 
 No text says what comes *before* an item, and none asks or answers a question: that is left to the finetuning.
 """
@@ -36,9 +37,9 @@ ENGLISH_SHARE = 4
 """Texts in English for each text in another language."""
 ENGLISH_LIST_SHARE = 0.3
 """Part of the English texts that is taken by `ENGLISH_LISTS`."""
-KINDS, KIND_WEIGHTS = ("list", "table", "pair"), (4, 4, 1)
-MONTHS_SHARE = 0.6
-"""Part of the lists that is of months; there are 12 of them and 7 days."""
+KINDS, KIND_WEIGHTS = ("list", "table", "pair", "script"), (8, 8, 2, 1)
+LIST_WEIGHTS = (11, 8, 1)
+"""Of lists of the 12 months, the 7 days and 7 units of time."""
 
 
 def pretraining_texts(
@@ -59,8 +60,10 @@ def pretraining_texts(
                 continue
             [kind] = generator.choices(KINDS, KIND_WEIGHTS)
             if kind == "list":
-                items = own.months if generator.random() < MONTHS_SHARE else own.days
+                [items] = generator.choices((own.months, own.days, own.units), LIST_WEIGHTS)
                 yield language, _list_text(items, generator)
+            elif kind == "script":
+                yield language, _rows_text(own.scripts, " | ", generator)
             else:
                 rows = own.country_rows + (list(english_rows) if language == "en" else [])
                 yield language, _table_text(rows, generator, pairs=kind == "pair")
@@ -78,8 +81,12 @@ def _table_text(rows: Sequence[CountryRow], generator: random.Random, *, pairs: 
 
     Lines begin with a space, so that a name is the same tokens there as within a sentence.
     """
-    chosen = generator.sample(list(rows), min(TABLE_LENGTH, len(rows)))
     if not pairs:
-        return "\n".join(" " + " | ".join(row) for row in chosen)
+        return _rows_text(rows, " | ", generator)
     separator, column = generator.choice(PAIR_SEPARATORS), generator.choice((1, 2))
-    return "\n".join(f" {row[0]}{separator}{row[column]}" for row in chosen)
+    return _rows_text([(row[0], row[column]) for row in rows], separator, generator)
+
+
+def _rows_text(rows: Sequence[tuple[str, ...]], separator: str, generator: random.Random) -> str:
+    chosen = generator.sample(list(rows), min(TABLE_LENGTH, len(rows)))
+    return "\n".join(" " + separator.join(row) for row in chosen)
