@@ -15,6 +15,7 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -38,10 +39,12 @@ def joined_by_launcher() -> bool:
 
 
 def prepare_to_fork() -> None:
-    """Keep torch's work in this process on one thread, so that ranks can be forked from it later.
+    """Keep torch's work in this process on one thread and off the GPU, so that ranks can be forked from it later.
 
-    A forked rank that enters a parallel region after its parent has started OpenMP's threads waits forever.
+    A forked rank that enters a parallel region after its parent has started OpenMP's threads waits forever. One whose
+    parent has asked CUDA for its devices cannot use them: torch.cuda.is_available() is to ask the driver's library.
     """
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
     torch.set_num_threads(1)
@@ -108,6 +111,7 @@ def _rank_main(
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C and ends the ranks
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if rank:
         # Layout and kernels are the same on all ranks: rank 0 says them, once.
         logging.getLogger().setLevel(max(logging.WARNING, logging.getLogger().level))
@@ -128,6 +132,17 @@ def _rank_main(
     _destroy_process_group()
     # Leave without the parent's exit handlers and without waiting for gloo's threads.
     os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """End this rank when its parent is gone, however it went: nobody else would ever stop it.
+
+    Ranks hold the sentinels of those forked before them, so they end one after the other, the last one first.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a rank is a child"
+    parent.join()
+    os._exit(int(ExitCode.FAILED))
 
 
 def _destroy_process_group() -> None:

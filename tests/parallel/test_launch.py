@@ -6,13 +6,16 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
+from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_xmtf.config import ParallelConfig
 from megatron_xmtf.errors import ConfigError, CorruptCheckpointError, ExitCode, NonFiniteError, RankFailedError
 from megatron_xmtf.parallel import launch
-from megatron_xmtf.parallel.launch import joined_by_launcher, run_ranks
+from megatron_xmtf.parallel.launch import joined_by_launcher, prepare_to_fork, run_ranks
 from megatron_xmtf.parallel.topology import check_world_size, destroy_parallel, initialize_parallel
 
 
@@ -39,6 +42,7 @@ def test_results_come_in_rank_order_from_processes_of_their_own() -> None:
 
 
 def test_the_callers_environment_is_left_alone() -> None:
+    prepare_to_fork()
     before = dict(os.environ)
     run_ranks(describe, world_size=1, arguments=(1,))
     assert dict(os.environ) == before
@@ -95,6 +99,36 @@ def test_ranks_that_do_not_listen_are_killed(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RankFailedError, match="SIGKILL"):
         run_ranks(ignore_termination, world_size=2, arguments=(0,))
     assert multiprocessing.active_children() == []
+
+
+def write_pid_and_sleep(directory: str) -> None:
+    (Path(directory) / os.environ["RANK"]).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_do_not_outlive_a_killed_parent(how: signal.Signals, tmp_path: Path) -> None:
+    parent = multiprocessing.get_context("fork").Process(
+        target=run_ranks, args=(write_pid_and_sleep,), kwargs={"world_size": 3, "arguments": (str(tmp_path),)}
+    )
+    parent.start()
+
+    def pids() -> list[int]:
+        return [int(text) for path in tmp_path.iterdir() if (text := path.read_text())]
+
+    wait_until(lambda: len(pids()) == 3)
+    assert parent.pid is not None
+    os.kill(parent.pid, how)
+    parent.join()
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids()))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not come to pass in a minute")
 
 
 def leave_early(rank: int) -> None:
