@@ -250,6 +250,11 @@ class RunConfig(_Section):
                 f"schedule.train_rows={schedule.train_rows} is not a multiple of "
                 f"batch.global_batch_size={batch.global_batch_size}"
             )
+        if self.kernels.attention == "sdpa" and self.precision != "fp32":
+            raise ValueError(
+                f"kernels.attention=sdpa needs precision=fp32, it is {self.precision}: torch would round the ALiBi "
+                "bias to it; use auto or reference"
+            )
         if schedule.lr_warmup_steps > self.train_steps:
             raise ValueError(
                 f"schedule.lr_warmup_steps={schedule.lr_warmup_steps} is more than the run's {self.train_steps} steps"
