@@ -1,7 +1,8 @@
 """Save and load checkpoints through Megatron-Core's dist_checkpointing; they know no parallel layout.
 
     all ranks        rank 0 names a fresh temporary directory; each rank writes its shards into it
-    rank 0           carries the Hugging Face side files along, hashes, writes the manifest, renames
+    all ranks        hash what they wrote
+    rank 0           carries the Hugging Face side files along, writes the manifest, renames
     load             any TP x PP x DP: each rank reads the parts of the global tensors that it needs
 
 RNG states are stored as plain tensors over (pp, tp) and taken up again at the same layout only.
@@ -9,6 +10,8 @@ RNG states are stored as plain tensors over (pp, tp) and taken up again at the s
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,17 +25,19 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_xmtf.checkpoint.manifest import (
     CheckpointManifest,
     begin_checkpoint,
     discard_checkpoint,
     finish_checkpoint,
+    hash_files,
     open_manifest,
 )
 from megatron_xmtf.checkpoint.safe_read import check_safe
 from megatron_xmtf.config.schema import RunConfig
-from megatron_xmtf.errors import CheckpointError, CorruptCheckpointError
+from megatron_xmtf.errors import CheckpointError, CorruptCheckpointError, DiskFullError
 from megatron_xmtf.models.architecture import architecture_from_mapping
 
 __all__ = ["current_layout", "load_model_weights", "load_training_state", "save_checkpoint"]
@@ -75,13 +80,16 @@ def save_checkpoint(
     """
     temporary = Path(_from_rank_zero(lambda: str(begin_checkpoint(path))))
     try:
-        failure = None
+        failures: dict[int, str] = {}
         try:
             state = _state(chunks, optimizer, is_loading=False)
             dist_checkpointing.save(state, str(temporary), content_metadata=SHARDING)
         except OSError as error:
-            failure = f"{type(error).__name__}: {error}"
-        _raise_together(failure, f"checkpoint {path.name} could not be written")
+            failures = {torch.distributed.get_rank(): str(error)}
+        except CheckpointException as error:  # no subclass of Exception; on all ranks, the causes on one
+            failures = {rank: str(cause) for rank, (cause, _) in error.failures.items()}
+        _raise_together(failures, path)
+        hashes = _shard_hashes(temporary)
         architecture = unwrap_model(chunks[0]).architecture
 
         def publish() -> None:
@@ -95,6 +103,7 @@ def save_checkpoint(
                 config=config.model_dump(mode="json"),
                 consumed_rows=consumed_rows,
                 contents=["model"] if optimizer is None else ["model", "optimizer", "rng"],
+                hashes=hashes,
             )
 
         _from_rank_zero(publish)
@@ -250,10 +259,29 @@ def _from_rank_zero(function: Any) -> Any:
     return holder[0]
 
 
-def _raise_together(failure: str | None, what: str) -> None:
-    """Raise on every rank if any rank failed; the message names the ranks."""
-    failures: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(failures, failure)
-    named = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
-    if named:
-        raise CheckpointError(f"{what}: {'; '.join(named[:3])}. The previous checkpoint is untouched.")
+def _shard_hashes(directory: Path) -> dict[str, str]:
+    """Return the SHA-256 of every shard; each rank reads its own, one reader would take hours for a large model."""
+    own = [path.name for path in directory.glob(f"__{torch.distributed.get_rank()}_*.distcp")]
+    gathered: list[dict[str, str]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, hash_files(directory, own))
+    return {name: digest for hashes in gathered for name, digest in hashes.items()}
+
+
+def _raise_together(failures: dict[int, str], path: Path) -> None:
+    """Raise on every rank if any rank could not write; the message names the ranks.
+
+    Args:    failures: rank -> cause, as far as this rank knows.
+    Raises:  DiskFullError: no space or no quota left. CheckpointError: any other cause.
+    """
+    gathered: list[dict[int, str]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, failures)
+    causes = {rank: cause for known in gathered for rank, cause in known.items()}
+    if not causes:
+        return
+    named = "; ".join(f"rank {rank}: {cause}" for rank, cause in sorted(causes.items())[:3])
+    message = (
+        f"checkpoint {path} could not be written: {named}. Nothing of it is left, and the one before is untouched."
+    )
+    if any(os.strerror(code) in named for code in (errno.ENOSPC, errno.EDQUOT)):
+        raise DiskFullError(f"{message} Free space, or keep fewer (checkpoint.keep_last, keep_every), and resume.")
+    raise CheckpointError(message)

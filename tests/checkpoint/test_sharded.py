@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,14 @@ import pytest
 import torch
 
 from megatron_xmtf.config import RunConfig
-from megatron_xmtf.errors import CheckpointError, ConfigError, ConfigMismatchError, CorruptCheckpointError, MissingError
+from megatron_xmtf.errors import (
+    CheckpointError,
+    ConfigError,
+    ConfigMismatchError,
+    CorruptCheckpointError,
+    DiskFullError,
+    MissingError,
+)
 from megatron_xmtf.parallel.launch import run_ranks
 from megatron_xmtf.parallel.topology import initialize_parallel
 from megatron_xmtf.training.launch import train
@@ -201,3 +210,27 @@ def test_an_imported_model_cannot_be_resumed_as_a_run(
     shutil.copytree(tiny_checkpoint, target)
     with pytest.raises(CheckpointError, match="no optimizer state"):
         train(config)
+
+
+def fill_the_disk(prepared: PreparedRun) -> None:
+    """Train in one rank whose disk is full when Megatron-Core's writer processes flush a shard."""
+    rank, fsync = os.getpid(), os.fsync
+
+    def no_space(descriptor: int) -> None:
+        if os.getpid() != rank:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    os.fsync = no_space
+    train_rank(prepared)
+
+
+def test_a_full_disk_has_its_own_error_and_leaves_the_checkpoint_before(
+    run_config: Callable[..., RunConfig],
+) -> None:
+    train_to(run_config(schedule={"train_steps": 1}), 2)
+    prepared = prepare_run(run_config(schedule={"train_steps": 2}), world_size=2)
+    with pytest.raises(DiskFullError, match="step_0000002 could not be written: rank 0: .*No space left"):
+        run_ranks(fill_the_disk, world_size=2, arguments=(prepared,))
+    checkpoints = Path(prepared.config.output) / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step_0000001"]
