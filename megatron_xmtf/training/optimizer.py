@@ -86,6 +86,11 @@ def _gradient(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
+INITIAL_LOSS_SCALE = 2.0**12
+"""Of fp16, as in BigScience's DeepSpeed settings (initial_scale_power 12); it doubles when steps stay finite. From
+Megatron-Core's 2^32 a run's first steps, about twenty, all overflow and train nothing."""
+
+
 def build_optimizer(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> MegatronOptimizer:
     """Build Megatron-Core's optimizer over DDP-wrapped chunks whose weights are loaded.
 
@@ -105,6 +110,7 @@ def build_optimizer(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> Meg
             clip_grad=settings.clip_grad,
             bf16=config.precision == "bf16",
             fp16=config.precision == "fp16",
+            initial_loss_scale=INITIAL_LOSS_SCALE,
             params_dtype=DTYPES[config.precision],
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
             overlap_param_gather=config.parallel.overlap_param_gather,
