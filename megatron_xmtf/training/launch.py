@@ -78,8 +78,8 @@ def _train_joined(config: RunConfig, allowed_changes: Sequence[str], dry_run: bo
     if rank == 0:
         try:
             prepared = prepare_run(config, world_size=world_size, allowed_changes=allowed_changes)
-        except XmtfError as error:
-            store.set(PREPARED, json.dumps([int(error.exit_code), f"{type(error).__name__}: {error}"]))
+        except Exception as error:  # whatever it is, the others must not wait for hours
+            store.set(PREPARED, json.dumps([int(_exit_code(error)), f"{type(error).__name__}: {error}"]))
             raise
         store.set(PREPARED, json.dumps([0, ""]))
     else:
@@ -89,6 +89,10 @@ def _train_joined(config: RunConfig, allowed_changes: Sequence[str], dry_run: bo
             raise RankFailedError(f"rank 0 could not prepare the run: {message}", ExitCode(code))
         prepared = prepare_run(config, world_size=world_size, allowed_changes=allowed_changes)
     return None if dry_run else train_rank(prepared, store)
+
+
+def _exit_code(error: Exception) -> ExitCode:
+    return error.exit_code if isinstance(error, XmtfError) else ExitCode.FAILED
 
 
 def _write_status(config: RunConfig, code: ExitCode, message: str) -> None:
