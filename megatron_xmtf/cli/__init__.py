@@ -1,6 +1,6 @@
 """The `xmtf` command: one verb a file, each parses, calls and prints; no logic lives here.
 
-A verb module has `NAME`, `HELP`, `EXAMPLE`, `add_arguments(parser)` and `run(arguments) -> int`, and imports
+A verb module has `HELP`, `EXAMPLE`, `add_arguments(parser)` and `run(arguments) -> int`, and imports
 nothing heavy at its top, so that every `--help` answers at once.
 """
 

@@ -245,6 +245,8 @@ class RunConfig(_Section):
                 "parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true and "
                 "parallel.use_distributed_optimizer=true"
             )
+        if self.evaluation.interval is not None and not self.data.validation:
+            raise ValueError("evaluation.interval is set, but data.validation names no dataset to measure")
         if schedule.train_rows is not None and schedule.train_rows % batch.global_batch_size:
             raise ValueError(
                 f"schedule.train_rows={schedule.train_rows} is not a multiple of "

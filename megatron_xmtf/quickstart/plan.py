@@ -12,11 +12,11 @@ from megatron_xmtf.errors import ConfigError
 __all__ = ["STAGE_BUDGETS", "Layout", "Paths", "Sizes", "choose_layout", "finetuning_config", "pretraining_config"]
 
 STAGE_BUDGETS: dict[str, int] = {
-    "load": 15,
+    "load": 10,
     "facts": 5,
     "render": 10,
-    "model": 15,
-    "preprocess": 15,
+    "model": 5,
+    "preprocess": 10,
     "import": 5,
     "pack": 5,
     "pretrain": 120,
@@ -25,10 +25,10 @@ STAGE_BUDGETS: dict[str, int] = {
     "finetune": 50,
     "evaluate after": 20,
     "export": 5,
-    "verify": 15,
+    "verify": 10,
     "report": 5,
 }
-"""Stage -> seconds that it may take on 2 cores, in order; 310 in all. A budget is stated, not enforced."""
+"""Stage -> seconds that it may take on 2 cores, in order; 285 in all. A budget is stated, not enforced."""
 
 
 @dataclass(frozen=True)

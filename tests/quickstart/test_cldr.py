@@ -30,7 +30,9 @@ def test_known_names(facts) -> None:
     assert facts["zh"].continents["142"] == "亚洲" and facts["zh"].english_name == "Chinese"
     assert facts["ru"].months[0] == "январь"  # the nominative, not "января"
     assert ("Japan", "Asia", "Japanese Yen") in facts["en"].country_rows
-    assert ("Russian", "Cyrillic") in facts["en"].scripts and ("ヒンディー語", "デーバナーガリー文字") in facts["ja"].scripts
+    assert ("Russian", "Cyrillic") in facts["en"].scripts and ("ヒンディー語", "デーバナーガリー文字") in facts[
+        "ja"
+    ].scripts
     assert facts["fr"].units[3:5] == ("1 jour", "1 semaine") and facts["sw"].units[3] == "siku 1"
 
 
