@@ -115,6 +115,7 @@ def _source(name: str, arguments: argparse.Namespace) -> Source:
         quoting=arguments.quoting,
         records_at=arguments.records_at,
     )
+    require_file(source.path)  # first: a pattern that matched nothing has an odd suffix too
     source.resolved_format()
     return source
 

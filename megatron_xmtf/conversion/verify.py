@@ -188,6 +188,9 @@ def _round_parameters(modules: Sequence[torch.nn.Module], dtype: torch.dtype) ->
 def _reference_logits(directory: Path, prompts: list[list[int]], rounded: torch.dtype) -> list[NDArray[np.float32]]:
     """Return fp32 logits [tokens, vocab] of each prompt from `transformers`."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, trust_remote_code=False, local_files_only=True
