@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDataset
 from transformers import AutoTokenizer
 
-from megatron_xmtf.checkpoint.manifest import checkpoint_directory
 from megatron_xmtf.cli import main
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.preprocess import preprocess
@@ -413,26 +413,22 @@ def test_verbs(tmp_path: Path, tokenizer_directory: Path, capsys: pytest.Capture
     assert "directory of datasets" in capsys.readouterr().err
 
 
-def test_inspect_checkpoint_and_packing_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shape = {"family": "bloom", "num_layers": 2}
-    with checkpoint_directory(
-        tmp_path / "run" / "checkpoints" / "step_0000020",
-        step=20,
-        architecture=shape,
-        dtype="float32",
-        config=None,
-        consumed_rows=80,
-        contents=("model",),
-    ) as directory:
-        (directory / "__0_0.distcp").write_bytes(b"weights")
+def test_inspect_checkpoint_and_packing_index(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run" / "checkpoints" / "step_0000000"
+    shutil.copytree(tiny_checkpoint, copy)
     assert main(["inspect", str(tmp_path / "run"), "--deep", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["type"], report["step"], report["unaltered"]) == ("checkpoint", 20, True)
+    assert (report["type"], report["step"], report["unaltered"]) == ("checkpoint", 0, True)
     assert main(["inspect", str(tmp_path / "run")]) == 0
-    assert "checkpoint of step 20" in capsys.readouterr().out
-    (tmp_path / "run" / "checkpoints" / "step_0000020" / "__0_0.distcp").write_bytes(b"Weights")
+    assert "checkpoint of step 0" in capsys.readouterr().out
+    shard = next(copy.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
     assert main(["inspect", str(tmp_path / "run"), "--deep"]) == 5
-    assert "__0_0.distcp" in capsys.readouterr().err
+    assert shard.name in capsys.readouterr().err
 
     (tmp_path / "packing").mkdir()
     (tmp_path / "packing" / "packing.json").write_text("{}")

@@ -39,7 +39,10 @@ def test_the_same_run_goes_on() -> None:
         {"output": "elsewhere", "model": "moved"},
         {"batch": {"micro_batch_size": 4}},
         {"checkpoint": {"save_interval": 5, "resume": 3}},
-        {"evaluation": {"interval": 2}},
+        {
+            "data": {"train": [{"prefix": "first"}, {"prefix": "second"}], "validation": [{"prefix": "v"}]},
+            "evaluation": {"interval": 2},
+        },
         {"logging": {"log_interval": 7}},
         {"kernels": {"attention": "reference"}},
         {"recompute": {"granularity": "full"}},
