@@ -1,11 +1,11 @@
-"""xmtf train: train a model; starts local ranks itself, or joins torchrun or srun."""
+"""xmtf train: train a model; starts local ranks itself, or joins torchrun."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-HELP = "Train: tensor x pipeline x data parallel, on CPU or GPU; starts N local ranks, or joins torchrun/srun."
+HELP = "Train: tensor x pipeline x data parallel, on CPU or GPU; starts N local ranks, or joins torchrun."
 EXAMPLE = """\
   xmtf train train.yaml --nproc 4 parallel.tensor_model_parallel_size=2 optimizer.lr=1e-4
   torchrun --nproc-per-node 8 -m megatron_xmtf train train.yaml

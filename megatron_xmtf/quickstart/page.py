@@ -35,7 +35,9 @@ def write_page(outcome: Outcome, clock: StageClock) -> None:
     )
     page.section("What was learned", *_words(outcome), _story_table(outcome), _probe_table(outcome))
     labels = {code: f"{facts.english_name} ({code})" for code, facts in outcome.facts.items()}
-    picture = language_task_section(_zero_shot(outcome.after), _zero_shot(outcome.before), language_labels=labels)
+    picture = language_task_section(
+        _zero_shot(outcome.after), _zero_shot(outcome.before), language_labels=labels, several_templates=False
+    )
     page.section(
         f"{num_others} languages × tasks",
         "Languages that the finetuning did not see. A cell is of few questions (about a dozen): look at columns, rows "

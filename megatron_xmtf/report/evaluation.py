@@ -42,8 +42,12 @@ def language_task_section(
     *,
     language_labels: Mapping[str, str] | None = None,
     emphasised: Collection[str] = (),
+    several_templates: bool = True,
 ) -> list[Html]:
-    """Draw the parts of a section: languages x tasks, then each task's mean over languages."""
+    """Draw the parts of a section: languages x tasks, then each task's mean over languages.
+
+    Args:    several_templates: each template is a result of its own, and their median is shown; say so.
+    """
     changes = changes_by_language_and_task(after, before)
     tasks = list(dict.fromkeys(task for _, task in changes))
     words = ", before → after" if before else ""
@@ -53,7 +57,7 @@ def language_task_section(
         Page.figure(
             heatmap,
             f"Percent right{words}; colour is the distance from chance: white is chance, full blue is 100 %."
-            f"{marked} Median over templates.",
+            f"{marked}{' Median over templates.' if several_templates else ''}",
         )
     ]
     if len(tasks) > 1 or before:
