@@ -5,7 +5,7 @@
     rank 0           carries the Hugging Face side files along, writes the manifest, renames
     load             any TP x PP x DP: each rank reads the parts of the global tensors that it needs
 
-RNG states are stored as plain tensors over (pp, tp) and taken up again at the same layout only.
+RNG states are stored as plain tensors over (pp, tp, dp) and taken up again at the same layout only.
 """
 
 from __future__ import annotations
@@ -216,22 +216,18 @@ def _take_up_weights(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) 
 
 
 def _rng_states() -> dict[str, ShardedTensor]:
-    """Return every RNG state as a uint8 tensor [pp, tp, bytes], so that a checkpoint needs no pickled object."""
+    """Return every RNG state as a uint8 tensor [pp, tp, dp, bytes], so that a checkpoint needs no pickled object."""
     states = {"torch": torch.get_rng_state(), **get_cuda_rng_tracker().get_states()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    pp_rank, tp_rank = (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_rank(),
-    )
     layout = current_layout()
     return {
         f"rng.{name}": ShardedTensor.from_rank_offsets(
             f"rng.{name}",
-            state.clone()[None, None],
-            (0, pp_rank, layout["pp"]),
-            (1, tp_rank, layout["tp"]),
-            replica_id=parallel_state.get_data_parallel_rank(),
+            state.clone()[None, None, None],
+            (0, parallel_state.get_pipeline_model_parallel_rank(), layout["pp"]),
+            (1, parallel_state.get_tensor_model_parallel_rank(), layout["tp"]),
+            (2, parallel_state.get_data_parallel_rank(), layout["dp"]),
         )
         for name, state in states.items()
     }

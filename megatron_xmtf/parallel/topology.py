@@ -104,9 +104,10 @@ def initialize_parallel(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
-    # Pipeline stages draw different dropout masks too; tensor-parallel ranks differ inside Megatron-Core.
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    model_parallel_cuda_manual_seed(seed + 100 * stage, force_reset_rng=True)
+    # Pipeline stages and data-parallel ranks draw different dropout masks; tensor-parallel ranks differ inside
+    # Megatron-Core, by less than 10,000. Megatron-LM's default gives all data-parallel ranks the same masks.
+    stage, copy = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
+    model_parallel_cuda_manual_seed(seed + 10_000 * stage + 100_000_000 * copy, force_reset_rng=True)
     topology = Topology(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),

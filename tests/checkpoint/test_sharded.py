@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,6 @@ def whole(tiny_checkpoint: Path, tiny_pairs: Path, tmp_path_factory: pytest.Temp
 
 def resumed(whole: Any, tmp_path: Path, world_size: int, section: dict[str, Any], **sections: Any) -> Any:
     """Copy the run as it was at step 6, go on at another layout, return its metrics."""
-    import shutil
-
     make, config, _ = whole
     output = tmp_path / "resumed"
     shutil.copytree(config.output, output)
@@ -121,6 +120,45 @@ def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def rank_dropout(prepared: PreparedRun) -> tuple[list[bool], list[bool]]:
+    """Return the masks that one rank draws for what is whole on it and for its part of the heads."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    initialize_parallel(prepared.config.parallel, seed=1)
+    whole_mask = torch.dropout(torch.ones(200), 0.5, train=True) > 0
+    with get_cuda_rng_tracker().fork():
+        part_mask = torch.dropout(torch.ones(200), 0.5, train=True) > 0
+    return whole_mask.tolist(), part_mask.tolist()
+
+
+def test_data_parallel_ranks_draw_their_own_dropout(run_config: Callable[..., RunConfig]) -> None:
+    prepared = prepare_run(run_config(parallel={TP: 2}), world_size=4)
+    # Ranks 0 and 1 are the tensor-parallel pair of the first copy of the model, 2 and 3 that of the second.
+    masks = run_ranks(rank_dropout, world_size=4, arguments=(prepared,))
+    assert masks[0][0] == masks[1][0] and masks[2][0] == masks[3][0], "what is whole on both ranks is masked alike"
+    assert masks[0][0] != masks[2][0], "each copy of the model masks its own rows"
+    assert len({tuple(part) for _, part in masks}) == 4
+
+
+def test_dropout_goes_on_bit_identical(tiny_hf: Path, tmp_path: Path, run_config: Callable[..., RunConfig]) -> None:
+    model = shutil.copytree(tiny_hf, tmp_path / "dropout")
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**values, "hidden_dropout": 0.1, "attention_dropout": 0.1}))
+    sections: dict[str, Any] = {
+        "model": str(model),
+        "parallel": {TP: 2, "use_distributed_optimizer": True},
+        "schedule": {"train_steps": 8},
+        "checkpoint": {"save_interval": 4},
+    }
+    config = run_config(**sections)
+    whole_metrics = train_to(config, 4)
+    shutil.rmtree(Path(config.output) / "checkpoints" / "step_0000008")
+    metrics = train_to(config, 4)
+    for step in range(5, 9):
+        assert metrics[step]["loss"] == whole_metrics[step]["loss"], f"step {step}"
+        assert metrics[step]["grad_norm"] == whole_metrics[step]["grad_norm"], f"step {step}"
+
+
 def test_a_checkpoint_holds_moments_in_the_shape_of_their_parameters(whole: Any) -> None:
     tensors = read_tensors(Path(whole[1].output) / "checkpoints" / f"step_{STEPS:07d}")
     weights = [key for key in tensors if not key.startswith(("optimizer.", "rng."))]
@@ -136,8 +174,6 @@ def test_without_distributed_optimizer(
     sections: dict[str, Any] = {"checkpoint": {"save_interval": STOP}}
     config = run_config(parallel={TP: 2}, schedule={"train_steps": STEPS}, **sections)
     whole_metrics = train_to(config, 2)
-    import shutil
-
     shutil.rmtree(Path(config.output) / "checkpoints" / f"step_{STEPS:07d}")
     again = run_config(parallel={PP: 2}, schedule={"train_steps": STEPS}, **sections)
     metrics = train_to(again, 2)
@@ -203,8 +239,6 @@ def test_a_damaged_checkpoint_is_refused(whole: Any, tmp_path: Path) -> None:
 def test_an_imported_model_cannot_be_resumed_as_a_run(
     tiny_checkpoint: Path, tmp_path: Path, run_config: Callable[..., RunConfig]
 ) -> None:
-    import shutil
-
     config = run_config()
     target = Path(config.output) / "checkpoints" / "step_0000000"
     shutil.copytree(tiny_checkpoint, target)
