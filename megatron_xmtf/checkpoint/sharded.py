@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,13 +241,13 @@ def _set_rng_states(states: dict[str, torch.Tensor]) -> None:
     get_cuda_rng_tracker().set_states(named)
 
 
-def _from_rank_zero(function: Any) -> Any:
+def _from_rank_zero(function: Callable[[], Any]) -> Any:
     """Run `function` on rank 0 and hand its result, or its error, to all ranks."""
     holder: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
         try:
             holder[0] = function()
-        except Exception as error:
+        except Exception as error:  # whatever it is, it is raised on every rank; the others must not wait for it
             holder[1] = error
     torch.distributed.broadcast_object_list(holder, src=0)
     if holder[1] is not None:

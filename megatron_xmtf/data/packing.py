@@ -98,6 +98,21 @@ def index_path(directory: Path | str, key: str) -> Path:
     return Path(directory) / key[:16]
 
 
+def _key_of_run(
+    datasets: Sequence[ExampleDataset], *, data: DataConfig, sequence_length: int, rows_needed: int, seed: int
+) -> str:
+    """Return the key under which a run's index is kept."""
+    key, _ = packing_key(
+        datasets,
+        weights=mixture_weights(data),
+        sequence_length=sequence_length,
+        long_examples=data.long_examples,
+        seed=seed,
+        rows_needed=rows_needed,
+    )
+    return key
+
+
 def open_packing_index(
     datasets: Sequence[ExampleDataset],
     *,
@@ -111,14 +126,7 @@ def open_packing_index(
 
     Raises:  DatasetError: there is none, or it is damaged.
     """
-    key, _ = packing_key(
-        datasets,
-        weights=mixture_weights(data),
-        sequence_length=sequence_length,
-        long_examples=data.long_examples,
-        seed=seed,
-        rows_needed=rows_needed,
-    )
+    key = _key_of_run(datasets, data=data, sequence_length=sequence_length, rows_needed=rows_needed, seed=seed)
     path = index_path(directory, key)
     if not path.exists():
         raise DatasetError(
@@ -147,20 +155,12 @@ def build_packing_index(
              stored index is damaged. DiskFullError: no space.
     """
     assert len(data.train) == len(datasets), f"{len(data.train)} entries in data.train, {len(datasets)} datasets"
-    weights = mixture_weights(data)
-    key, _ = packing_key(
-        datasets,
-        weights=weights,
-        sequence_length=sequence_length,
-        long_examples=data.long_examples,
-        seed=seed,
-        rows_needed=rows_needed,
-    )
+    key = _key_of_run(datasets, data=data, sequence_length=sequence_length, rows_needed=rows_needed, seed=seed)
     path = index_path(directory, key)
     if not path.exists():
         index = pack_mixture(
             datasets,
-            weights=weights,
+            weights=mixture_weights(data),
             sequence_length=sequence_length,
             long_examples=data.long_examples,
             rows_needed=rows_needed,
