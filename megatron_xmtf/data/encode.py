@@ -14,7 +14,7 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -183,9 +183,9 @@ def encode_chunks(
         for chunk in chunks:
             pending.append(executor.submit(_encode_in_worker, settings, chunk))
             if len(pending) >= CHUNKS_PER_WORKER * workers:
-                yield pending.popleft().result()
+                yield _result(pending.popleft(), executor)
         while pending:
-            yield pending.popleft().result()
+            yield _result(pending.popleft(), executor)
     except BrokenProcessPool as error:
         raise RankFailedError(
             f"one of {workers} worker processes was killed, most likely for want of memory; nothing was written. "
@@ -193,6 +193,22 @@ def encode_chunks(
         ) from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(future: Future[EncodedChunk], executor: ProcessPoolExecutor) -> EncodedChunk:
+    """Wait for a chunk, and see that the workers live meanwhile.
+
+    A worker killed in the middle of sending leaves half a message, for whose rest the pool would wait for ever. With
+    all workers gone and our own writing end closed the pool finds the end of the stream and breaks.
+    """
+    processes = list((executor._processes or {}).values())
+    while not wait([future], timeout=1.0).done:
+        if any(process.exitcode is not None for process in processes):
+            for process in processes:
+                process.kill()
+            executor._result_queue._writer.close()  # type: ignore[attr-defined]
+            raise BrokenProcessPool("a worker process ended while its chunk was waited for")
+    return future.result()
 
 
 @lru_cache(maxsize=1)
