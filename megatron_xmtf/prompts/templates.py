@@ -14,6 +14,10 @@ Our own form has a list where promptsource has a mapping of uuids:
         metric: accuracy                 # optional; also task, language, dataset, config
         strip_connection: true           # optional; false keeps the white space where input and target meet (code)
         truncate_characters: 2048        # optional; cuts every {{ ... }} of input and target (default: nothing is cut)
+        rationale: "{{ explanation }}"   # optional; the reasoning, for variants with `cot`
+        chain_of_thought:                # optional; how input, reasoning and answer are put together under `cot`
+          input: "{{ input }}\nLet's think step by step."                    # default: "{{ input }}"
+          target: "{{ rationale }} The answer is {{ target }}."              # default: "{{ rationale }}\n{{ target }}"
         metadata: {choices_in_prompt: false, original_task: true, reference: "..."}   # optional
 
     row       {"premise": "My eyes became red.", "question": "cause", "choice1": "I cried.", "choice2": "I laughed.",
