@@ -35,6 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         for source in manifest["merged_from"]:
             print(f"{source['num_examples']:>14,}  {source['prefix']}")
+        missing = manifest["without_documents"]
+        if missing:
+            print(f"without documents, as {len(missing)} of the inputs are: {', '.join(missing)}")
         tokens = sum(manifest["tokens"].values())
         print(f"{manifest['num_examples']:>14,}  {arguments.output_prefix}   examples, {tokens:,} tokens")
     return int(ExitCode.DONE)

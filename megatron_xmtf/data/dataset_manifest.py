@@ -19,6 +19,7 @@ __all__ = [
     "COLUMNS",
     "COLUMNS_FILE",
     "COMMITTING",
+    "DOCUMENTS",
     "FORMAT",
     "FORMAT_VERSION",
     "HALVES",
@@ -36,8 +37,10 @@ __all__ = [
 Kind = Literal["pairs", "text"]
 HALVES: dict[Kind, tuple[str, ...]] = {"pairs": ("inputs_document", "targets_document"), "text": ("text_document",)}
 """Indexed files of each kind of dataset: `<prefix>_<half>.bin` and `.idx`."""
-COLUMNS = ("dataset", "language", "template", "task")
-"""Record fields kept for every example."""
+COLUMNS = ("dataset", "language", "template", "task", "config", "split", "template_language")
+"""Record fields kept for every example as a small integer that stands for a name."""
+DOCUMENTS = "document"
+"""Array of the columns' file: uint64 [examples], the number of the document that each example was made of."""
 COLUMNS_FILE = "columns.npz"
 COMMITTING = "committing"
 """File of a writer's working directory that exists while files are moved to their final names."""
@@ -132,7 +135,10 @@ def _manifest_problem(manifest: Any) -> str | None:
         for name, entry in columns.items()
     ):
         return "columns do not have names"
-    expected = expected_files(manifest["kind"], has_columns=bool(columns))
+    documents = manifest.get("documents", False)
+    if not isinstance(documents, bool):
+        return "documents is neither true nor false"
+    expected = expected_files(manifest["kind"], has_columns=bool(columns) or documents)
     if not isinstance(files, dict) or set(files) != expected:
         return f"its files are not {', '.join(sorted(expected))}"
     if not all(isinstance(e, dict) and isinstance(e.get("bytes"), int) and "sha256" in e for e in files.values()):

@@ -62,6 +62,8 @@ class EncodedChunk:
     """Half -> (token ids one after another, tokens of each example)."""
     columns: dict[str, tuple[list[str], np.ndarray]]
     """Column -> (names in the order of appearance, index of each example's name)."""
+    documents: np.ndarray
+    """uint64 [examples], `Record.document`."""
     counts: Counter[str]
     """read, kept, empty_inputs, empty_targets, empty_text, blank_lines, and malformed/<reason>."""
     position: int
@@ -108,7 +110,8 @@ class ChunkEncoder:
                 "targets_document": _flatten(kept.targets, dtype),
             }
         columns = {name: _index([r.columns[i] for r in kept.records]) for i, name in enumerate(COLUMNS)}
-        return EncodedChunk(halves, columns, counts, chunk.position)
+        documents = np.array([record.document for record in kept.records], np.uint64)
+        return EncodedChunk(halves, columns, documents, counts, chunk.position)
 
     def _parse(self, chunk: LineChunk, counts: Counter[str]) -> Iterator[Record]:
         lines = chunk.data.split(b"\n")

@@ -3,7 +3,7 @@
     <prefix>_inputs_document.{bin,idx}     kind "pairs": what the model reads
     <prefix>_targets_document.{bin,idx}    kind "pairs": what it is trained to answer, ending with EOS
     <prefix>_text_document.{bin,idx}       kind "text": whole documents, ending with EOS
-    <prefix>_columns.npz                   per example small integers: dataset, language, template, task
+    <prefix>_columns.npz                   per example: small integers for dataset, language ...; its document
     <prefix>.json                          manifest, written last: tokenizer, counts, names of the columns, hashes
 
 Published Megatron data without a manifest opens too; its tokenizer then cannot be checked, and a warning says so.
@@ -12,15 +12,15 @@ Published Megatron data without a manifest opens too; its tokenizer then cannot 
 from __future__ import annotations
 
 import logging
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_xmtf.data.dataset_columns import read_column
 from megatron_xmtf.data.dataset_manifest import (
     COLUMNS_FILE,
+    DOCUMENTS,
     HALVES,
     Kind,
     dataset_file,
@@ -148,13 +148,29 @@ class ExampleDataset:
         if name not in self.column_names:
             return None
         path = dataset_file(self.prefix, COLUMNS_FILE)
-        values = _read_column(path, name, count=len(self))
+        values = read_column(path, name, count=len(self))
         if len(values) and int(values.max()) >= len(self.names(name)):
             raise DatasetError(
                 f"{path}: column {name!r} reaches {int(values.max())}, but the manifest has {len(self.names(name))} "
                 "names; the files belong to different datasets."
             )
         return values
+
+    @property
+    def documents(self) -> np.ndarray | None:
+        """Number of the document of each example, uint64 [examples], a read-only map; None for data without them.
+
+        Examples of one source row have the same number, whatever their template or language (`data.records`).
+
+        Raises:  DatasetError: the columns' file is damaged or does not fit the dataset.
+        """
+        if self.manifest is None or not self.manifest.get("documents"):
+            return None
+        path = dataset_file(self.prefix, COLUMNS_FILE)
+        documents = read_column(path, DOCUMENTS, count=len(self))
+        if documents.dtype != np.uint64:
+            raise DatasetError(f"{path}: documents are {documents.dtype}, not uint64; preprocess the records again.")
+        return documents
 
     def verify_contents(self, *, vocab_size: int | None = None) -> None:
         """Read everything: the SHA-256 of each file against the manifest, and every id against the vocabulary.
@@ -187,6 +203,7 @@ class ExampleDataset:
                     )
         for name in self.column_names:
             self.column(name)
+        self.documents  # noqa: B018 - read for its checks
 
     def _verify_tokenizer(self, tokenizer: Tokenizer | None, vocab_size: int | None) -> None:
         info = self.tokenizer_info
@@ -214,18 +231,3 @@ class ExampleDataset:
                 f"{self.prefix} was made with a vocabulary of {info['vocab_size']} ids, the model has {vocab_size}; "
                 "ids beyond it have no embedding. Use the model's own tokenizer."
             )
-
-
-def _read_column(path: Path, name: str, *, count: int) -> np.ndarray:
-    """Read unsigned integers [count] out of an .npz; the header is checked before anything is allocated."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
-            version = np.lib.format.read_magic(stream)
-            if version != (1, 0):
-                raise ValueError(f"npy version {version}")
-            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-            if shape != (count,) or dtype.kind != "u":
-                raise ValueError(f"column {name!r} is {dtype} {list(shape)}, not unsigned [{count}]")
-            return np.frombuffer(stream.read(count * dtype.itemsize), dtype, count)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DatasetError(f"{path} cannot be read: {error}; preprocess the records again.") from error

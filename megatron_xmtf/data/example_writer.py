@@ -28,6 +28,7 @@ from megatron_xmtf.data.dataset_manifest import (
     COLUMNS,
     COLUMNS_FILE,
     COMMITTING,
+    DOCUMENTS,
     FORMAT,
     FORMAT_VERSION,
     HALVES,
@@ -67,6 +68,7 @@ class ExampleDatasetWriter:
             )
         self.num_examples = 0
         self._columns = {name: _Column() for name in COLUMNS}
+        self._documents: list[np.ndarray] = []
 
     def __enter__(self) -> ExampleDatasetWriter:
         self._stack = ExitStack()
@@ -98,12 +100,14 @@ class ExampleDatasetWriter:
         halves: Mapping[str, tuple[np.ndarray, np.ndarray]],
         columns: Mapping[str, tuple[Sequence[str], np.ndarray]],
         *,
+        documents: np.ndarray | None = None,
         document_lengths: np.ndarray | None = None,
     ) -> None:
         """Append examples.
 
         Args:    halves: name of the half -> (tokens [sum of lengths], lengths [examples]).
                  columns: name -> (names, integers [examples] that index them); a missing column is "" throughout.
+                 documents: uint64 [examples], `ExampleDataset.documents`; given with all examples or with none.
                  document_lengths: examples of each document, as `IndexedDatasetWriter.add` takes it.
         """
         count = len(halves[HALVES[self.kind][0]][1])
@@ -115,6 +119,9 @@ class ExampleDatasetWriter:
         for name, column in self._columns.items():
             names, codes = columns.get(name, ([""], np.zeros(count, np.uint8)))
             column.add(names, codes)
+        if documents is not None:
+            assert len(documents) == count, "documents are out of step"
+            self._documents.append(documents.astype("<u8"))
         self.num_examples += count
 
     def commit(self, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,13 +136,18 @@ class ExampleDatasetWriter:
             for half, writer in self._halves.items()
             for suffix, written in writer.files.items()
         }
-        if columns:
+        documents = np.concatenate([np.empty(0, "<u8"), *self._documents])
+        assert len(documents) in (0, self.num_examples), "documents of some examples only"
+        has_documents = bool(len(documents))
+        if columns or has_documents:
             path = self._directory / COLUMNS_FILE
             arrays: dict[str, Any] = {name: column.codes() for name, column in columns.items()}
+            if has_documents:
+                arrays[DOCUMENTS] = documents
             with atomic_write(path, "wb") as stream:
                 np.savez(stream, **arrays)
             files[COLUMNS_FILE] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        assert set(files) == expected_files(self.kind, has_columns=bool(columns))
+        assert set(files) == expected_files(self.kind, has_columns=COLUMNS_FILE in files)
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -146,6 +158,7 @@ class ExampleDatasetWriter:
             **facts,
             "lengths": self._length_statistics(),
             "columns": {name: {"names": column.names, "counts": column.counts()} for name, column in columns.items()},
+            "documents": has_documents,
             "files": files,
             "code_version": __version__,
         }

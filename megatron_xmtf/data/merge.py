@@ -29,7 +29,8 @@ def merge_datasets(
 ) -> dict[str, Any]:
     """Write the examples of `prefixes`, one dataset after another, to `output_prefix`.
 
-    Returns: the manifest. A column that a dataset lacks is "" for its examples; counts are added up.
+    Returns: the manifest. A column that a dataset lacks is "" for its examples; counts are added up. Documents are
+             kept where every dataset has them; else "without_documents" names the datasets that do not.
     Raises:  ConfigError: no input, or the output is one of them. DatasetError: an input cannot be opened, or
              differs from the first in kind, token type, tokenizer or target prefix.
     """
@@ -42,6 +43,7 @@ def merge_datasets(
         _refuse_difference(datasets[0], dataset)
     first = datasets[0]
     dtype = next(iter(first.halves.values())).dtype
+    with_documents = not _without_documents(datasets)
     total = sum(len(dataset) for dataset in datasets)
     with ExampleDatasetWriter(output_prefix, kind=first.kind, dtype=dtype, overwrite=overwrite) as writer:
         with Progress("merge", total=total, unit="examples", enabled=show_progress) as progress:
@@ -51,8 +53,9 @@ def merge_datasets(
                     for name in dataset.column_names
                     if (values := dataset.column(name)) is not None
                 }
+                numbers = dataset.documents if with_documents else None
                 for start, stop in _blocks(dataset):
-                    _copy(dataset, columns, writer, start, stop)
+                    _copy(dataset, columns, numbers, writer, start, stop)
                     progress.advance(stop - start)
         return writer.commit(_facts(datasets))
 
@@ -86,6 +89,13 @@ def _refuse_difference(first: ExampleDataset, other: ExampleDataset) -> None:
             )
 
 
+def _without_documents(datasets: Sequence[ExampleDataset]) -> list[str]:
+    """Name the datasets that do not say which examples are of one document."""
+    return [
+        str(dataset.prefix) for dataset in datasets if dataset.manifest is None or not dataset.manifest.get("documents")
+    ]
+
+
 def _blocks(dataset: ExampleDataset) -> list[tuple[int, int]]:
     """Cut the examples into ranges of about `BLOCK_TOKENS` tokens that end where documents end."""
     cuts = [0]
@@ -104,6 +114,7 @@ def _blocks(dataset: ExampleDataset) -> list[tuple[int, int]]:
 def _copy(
     dataset: ExampleDataset,
     columns: Mapping[str, tuple[Sequence[str], np.ndarray]],
+    numbers: np.ndarray | None,
     writer: ExampleDatasetWriter,
     start: int,
     stop: int,
@@ -117,7 +128,12 @@ def _copy(
     low = int(np.searchsorted(documents, start))
     high = int(np.searchsorted(documents, stop)) if stop < len(dataset) else len(documents) - 1
     part = {name: (names, values[start:stop]) for name, (names, values) in columns.items()}
-    writer.add(halves, part, document_lengths=np.diff(documents[low : high + 1]))
+    writer.add(
+        halves,
+        part,
+        documents=None if numbers is None else numbers[start:stop],
+        document_lengths=np.diff(documents[low : high + 1]),
+    )
 
 
 def _facts(datasets: Sequence[ExampleDataset]) -> dict[str, Any]:
@@ -133,6 +149,7 @@ def _facts(datasets: Sequence[ExampleDataset]) -> dict[str, Any]:
         "tokenizer": known[0]["tokenizer"] if known else None,
         "target_prefix": known[0].get("target_prefix") if known else None,
         "merged_from": [{"prefix": str(dataset.prefix), "num_examples": len(dataset)} for dataset in datasets],
+        "without_documents": _without_documents(datasets),
         "sources": [source for manifest in known for source in manifest.get("sources", [])],
     }
     if known:

@@ -78,7 +78,7 @@ def preprocess(
         encoded_chunks = encode_chunks(_chunks(paths), tokenizer=tokenizer, settings=settings, workers=workers)
         with progress, closing(encoded_chunks):
             for encoded in encoded_chunks:
-                writer.add(encoded.halves, encoded.columns)
+                writer.add(encoded.halves, encoded.columns, documents=encoded.documents)
                 counts.update(encoded.counts)
                 rate = counts["read"] / max(time.monotonic() - started, 1e-9)
                 progress.note(f"{rate:,.0f} records/s")

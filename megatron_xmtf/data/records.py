@@ -9,12 +9,21 @@ A record format names the fields that are read; it is chosen, never guessed:
     messages           messages [{role, content}]     contents of all but the last, blank lines   content of the last
                                                       between them                                (an assistant's)
 
-and of every format: dataset, language, template, task (optional strings). Kind "text" reads the field text.
+and of every format, optionally, the strings dataset, language, template, task, config, split, template_language,
+document, and id (a string or a whole number). Kind "text" reads the field text.
+
+Records of one source row have one document number, whatever their template or language, so that a split by document
+never tears them apart. It is the first 8 bytes, little-endian, of the SHA-256 of the first of these that is given:
+
+    document   "\\0doc\\0" + document     the same in every dataset: parallel rows in several languages
+    id         dataset + "\\0" + id       the rows of one dataset
+    neither    inputs, or text
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -70,7 +79,9 @@ class Record:
     inputs: str
     targets: str
     columns: tuple[str, ...]
-    """Values of dataset, language, template and task; "" where the record does not say."""
+    """Values of `COLUMNS`; "" where the record does not say."""
+    document: int
+    """Number of the document that the record was made of, below 2^64."""
 
 
 def read_chunks(path: Path, *, chunk_bytes: int = CHUNK_BYTES, offset: int = 0) -> Iterator[LineChunk]:
@@ -104,6 +115,12 @@ def read_chunks(path: Path, *, chunk_bytes: int = CHUNK_BYTES, offset: int = 0) 
                 raise RecordError(f"{path}:{line} is longer than {limit} MiB; give one JSON object a line.")
 
 
+def document_number(content: str, *, document: str, dataset: str, identity: str) -> int:
+    """Return the number of a record's document; "" is a field that the record does not have."""
+    name = f"\0doc\0{document}" if document else f"{dataset}\0{identity}" if identity else content
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "little")
+
+
 class RecordParser:
     """Turn lines into records of one kind and format."""
 
@@ -115,13 +132,14 @@ class RecordParser:
         if kind == "text" and record_format != "records":
             raise ConfigError(f"kind text reads the field text; format {record_format} is for pairs only.")
         fields = ("text",) if kind == "text" else FIELDS[record_format]
-        unknown = [name for name in field_map if name not in (*fields, *COLUMNS)]
+        optional = (*COLUMNS, "document", "id")
+        unknown = [name for name in field_map if name not in (*fields, *optional)]
         if unknown:
             raise ConfigError(
                 f"field map names {unknown[0]!r}, which {kind} of format {record_format} does not read; "
-                + nearest_names(unknown[0], [*fields, *COLUMNS])
+                + nearest_names(unknown[0], [*fields, *optional])
             )
-        self._names = {name: field_map.get(name, name) for name in (*fields, *COLUMNS)}
+        self._names = {name: field_map.get(name, name) for name in (*fields, *optional)}
         readers: dict[RecordFormat, Callable[[dict[str, Any]], tuple[str, str]]] = {
             "records": lambda row: (self._text(row, "inputs"), self._text(row, "targets")),
             "prompt_completion": lambda row: (self._text(row, "prompt"), self._text(row, "completion")),
@@ -138,14 +156,17 @@ class RecordParser:
         """
         row = _read_object(line)
         inputs, targets = self._read(row)
-        record = Record(inputs, targets, tuple(self._optional(row, name) for name in COLUMNS))
+        columns = tuple(self._optional(row, name) for name in COLUMNS)
+        document, identity = self._optional(row, "document"), self._identity(row)
         if b"\\u" in line:  # only an escape can smuggle a surrogate past the UTF-8 decoder
-            for text in (inputs, targets, *record.columns):
+            for text in (inputs, targets, *columns, document, identity):
                 try:
                     text.encode("utf-8")
                 except UnicodeEncodeError:
                     raise BadRecord("lone_surrogate", "a string holds half of a surrogate pair (\\ud800 ...)") from None
-        return record
+        content = inputs or targets  # of kind "text" the inputs are empty
+        number = document_number(content, document=document, dataset=columns[0], identity=identity)
+        return Record(inputs, targets, columns, number)
 
     def _text(self, row: dict[str, Any], name: str) -> str:
         field = self._names[name]
@@ -160,6 +181,12 @@ class RecordParser:
 
     def _optional(self, row: dict[str, Any], name: str) -> str:
         return "" if row.get(self._names[name]) is None else self._text(row, name)
+
+    def _identity(self, row: dict[str, Any]) -> str:
+        value = row.get(self._names["id"])
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        return self._optional(row, "id")
 
     def _read_instruction(self, row: dict[str, Any]) -> tuple[str, str]:
         parts = [self._text(row, "instruction"), self._optional(row, "input")]

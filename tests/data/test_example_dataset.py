@@ -1,20 +1,23 @@
 """What is opened is whole, consistent, and made with the model's tokenizer; merging is exact."""
 
+import hashlib
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_xmtf.cli import main
 from megatron_xmtf.data.dataset_manifest import length_statistics
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.indexed_dataset import IndexedDatasetWriter
 from megatron_xmtf.data.merge import merge_datasets
 from megatron_xmtf.data.preprocess import preprocess
 from megatron_xmtf.data.tokenizer import Tokenizer
-from megatron_xmtf.errors import ConfigError, DatasetError, TokenizerError
+from megatron_xmtf.errors import ConfigError, DatasetError, RecordError, TokenizerError
 from tests.data.conftest import make_tokenizer
 
 RECORDS = [
@@ -62,6 +65,39 @@ def test_examples_and_columns(prefix: Path, tokenizer_directory: Path) -> None:
         assert values is not None and values.dtype == np.uint8
         assert [names[value] for value in values] == [record.get(name, "") for record in RECORDS]
     assert dataset.column("template") is None and dataset.names("template") == []
+
+
+def test_records_of_one_source_row_have_one_document(tmp_path: Path, tokenizer_directory: Path) -> None:
+    rows = [
+        {"inputs": "a", "targets": "b"},
+        {"inputs": "a", "targets": "c", "template": "t"},
+        {"inputs": "x", "targets": "b", "id": 3, "dataset": "d", "template": "t", "template_language": "en"},
+        {"inputs": "y", "targets": "b", "id": "3", "dataset": "d", "template": "u", "config": "c", "split": "train"},
+        {"inputs": "z", "targets": "b", "id": "3", "dataset": "e"},
+        {"inputs": "z", "targets": "b", "id": "en-7", "dataset": "en", "document": "7"},
+        {"inputs": "w", "targets": "b", "id": "sw-7", "dataset": "sw", "document": "7"},
+    ]
+    names = ["a", "a", "d\x003", "d\x003", "e\x003", "\0doc\x007", "\0doc\x007"]
+    expected = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") for name in names]
+    source = write_jsonl(tmp_path / "r.jsonl", rows)
+    preprocess([source], tokenizer=tokenizer_directory, output_prefix=tmp_path / "p", show_progress=False)
+    dataset = ExampleDataset.open(tmp_path / "p", deep=True)
+    assert dataset.documents is not None and dataset.documents.dtype == np.uint64
+    assert dataset.documents.tolist() == expected
+    for name in ("config", "split", "template_language"):
+        values = dataset.column(name)
+        assert values is not None
+        assert [dataset.names(name)[value] for value in values] == [row.get(name, "") for row in rows]
+
+    text = write_jsonl(tmp_path / "t.jsonl", [{"text": "a"}, {"text": "b", "id": 3, "dataset": "d"}])
+    preprocess([text], tokenizer=tokenizer_directory, output_prefix=tmp_path / "t", kind="text", show_progress=False)
+    documents = ExampleDataset.open(tmp_path / "t").documents
+    assert documents is not None and documents.tolist() == [expected[0], expected[2]]
+
+    for value in (True, 1.5, [3], {}):
+        bad = write_jsonl(tmp_path / "bad.jsonl", [{**rows[0], "id": value}])
+        with pytest.raises(RecordError, match="field 'id' is"):
+            preprocess([bad], tokenizer=tokenizer_directory, output_prefix=tmp_path / "q", show_progress=False)
 
 
 @pytest.mark.parametrize("half", ["inputs_document", "targets_document"])
@@ -182,6 +218,7 @@ def test_merge_is_an_exact_concatenation(tmp_path: Path, tokenizer_directory: Pa
     for name in reference.column_names:
         assert merged.names(name) == reference.names(name)
         assert np.array_equal(merged.column(name), reference.column(name))
+    assert np.array_equal(merged.documents, reference.documents) and merged.documents is not None
     assert manifest["counts"] == reference.manifest["counts"]
     assert manifest["lengths"] == reference.manifest["lengths"]
 
@@ -202,6 +239,27 @@ def test_merge_keeps_documents_of_several_sequences(tmp_path: Path, monkeypatch:
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"ours_text_document{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
     assert ExampleDataset.open(tmp_path / "ours").tokenizer_info is None
+    assert ExampleDataset.open(tmp_path / "ours").documents is None
+
+
+def test_merge_keeps_documents_only_where_all_have_them(
+    prefix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = prefix.with_name("old")
+    for path in list(prefix.parent.iterdir()):
+        shutil.copy(path, path.with_name(path.name.replace("train", "old")))
+    arrays = dict(np.load(file_of(prefix, "columns.npz")))
+    del arrays["document"]
+    np.savez_compressed(file_of(old, "columns.npz"), **arrays)  # as another program may have packed them
+    entry = {"bytes": file_of(old, "columns.npz").stat().st_size, "sha256": ""}
+    manifest = json.loads(old.with_name("old.json").read_text())
+    del manifest["documents"]
+    edit_manifest(old, documents=False, files={**manifest["files"], "columns.npz": entry})
+    assert ExampleDataset.open(old).documents is None
+    assert main(["merge", "--input", str(prefix), str(old), "--output-prefix", str(tmp_path / "m")]) == 0
+    assert f"without documents, as 1 of the inputs are: {old}" in capsys.readouterr().out
+    merged = ExampleDataset.open(tmp_path / "m", deep=True)
+    assert merged.documents is None and merged.column("language") is not None
 
 
 def test_merge_refuses_what_differs(prefix: Path, tokenizer_directory: Path, tmp_path: Path) -> None:

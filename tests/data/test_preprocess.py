@@ -255,7 +255,7 @@ def test_finished_output_is_kept_unless_overwritten(tmp_path: Path, tokenizer_di
     assert len(ExampleDataset.open(prefix, deep=True)) == 17
     text = write(tmp_path / "t.jsonl", '{"text": "a"}')
     run([text], tokenizer_directory, prefix, overwrite=True, kind="text")
-    assert set(files_of(prefix.parent)) == {"d.json", "d_text_document.bin", "d_text_document.idx"}
+    assert set(files_of(prefix.parent)) == {"d.json", "d_columns.npz", "d_text_document.bin", "d_text_document.idx"}
 
 
 def killed_at(step: int, source: Path, tokenizer: Path, prefix: Path, *, overwrite: bool) -> bool:
@@ -338,7 +338,7 @@ def test_killed_worker_ends_the_run(tmp_path: Path, tokenizer_directory: Path, m
     source = write(tmp_path / "r.jsonl", *many_records(6000))
     monkeypatch.setattr(
         "megatron_xmtf.data.example_writer.ExampleDatasetWriter.add",
-        lambda *_: [os.kill(child.pid, signal.SIGKILL) for child in multiprocessing.active_children()],
+        lambda *_, **__: [os.kill(child.pid, signal.SIGKILL) for child in multiprocessing.active_children()],
     )
     with pytest.raises(RankFailedError, match="worker processes was killed"):
         run([source], tokenizer_directory, tmp_path / "out" / "d", workers=2)
