@@ -17,20 +17,20 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xmtf.errors import DatasetError
 
-__all__ = ["ALGORITHM_VERSION", "RowPattern", "best_fit_patterns", "pack_lengths"]
+__all__ = ["ALGORITHM_VERSION", "RowPattern", "best_fit_patterns", "gather", "number_type", "pack_lengths"]
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 """Part of every packing key: raised by any change that gives other rows for the same lengths and seed."""
 
-BLOCK_SLOTS = 1 << 22
-"""Slots whose order is drawn at once: bounds temporary memory to about 40 bytes x this, 160 MB."""
+BLOCK = 1 << 19
+"""Examples or segments handled at once: what is read and written at random then fits the cache (4 MB)."""
 
 _Chain = tuple["_Chain", int, int] | None
 """What is in a row: (what was in it before, length, copies), so that classes of rows share their beginnings."""
@@ -99,18 +99,21 @@ def _unchain(contents: _Chain) -> list[int]:
 
 def pack_lengths(
     lengths: NDArray[np.integer], *, capacity: int, seed: int | Sequence[int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
     """Pack examples into rows by best fit; rows, order in a row and equal lengths are shuffled by `seed`.
+
+    Time is linear in the examples, and memory beside the result is 6 bytes each where `lengths` has 16 bits: all
+    that is large is written from front to back, in blocks whose random accesses stay in the processor's cache.
 
     Args:    lengths: int [examples], tokens of each example, 1..capacity. capacity: tokens of a row
              (sequence_length + 1). seed: one or more integers >= 0; the same seed gives the same bytes.
-    Returns: (row_offsets int64 [rows + 1], order int64 [examples]): row r holds the examples
+    Returns: (row_offsets int64 [rows + 1], order [examples] of `number_type`): row r holds the examples
              order[row_offsets[r]:row_offsets[r + 1]]. Every example is in exactly one row.
     Raises:  DatasetError: a length below 1 or above `capacity` (choose what happens to those first).
     """
     lengths = np.asarray(lengths)
     if lengths.size == 0:
-        return np.zeros(1, np.int64), np.zeros(0, np.int64)
+        return np.zeros(1, np.int64), np.zeros(0, number_type(0))
     shortest, longest = int(lengths.min()), int(lengths.max())
     if shortest < 1 or longest > capacity:
         raise DatasetError(
@@ -118,52 +121,98 @@ def pack_lengths(
             "Drop or truncate the others first."
         )
     # 16 bits where they suffice: numpy sorts those by radix, in linear time.
-    slot_type = np.uint16 if capacity <= np.iinfo(np.uint16).max else np.int32
-    lengths = lengths.astype(slot_type)
+    lengths = lengths.astype(np.uint16 if capacity <= np.iinfo(np.uint16).max else np.int32, copy=False)
     random = np.random.default_rng(seed)
-    patterns = best_fit_patterns(np.bincount(lengths, minlength=capacity + 1), capacity=capacity)
-    row_offsets, slot_lengths = _lay_out(patterns, lengths.size, slot_type, random)
-    examples_by_length = np.argsort(lengths, kind="stable")
-    class_ends = np.cumsum(np.bincount(lengths, minlength=capacity + 1))
-    for begin, end in _spans(class_ends):
-        random.shuffle(examples_by_length[begin:end])
-    order = np.empty(lengths.size, np.int64)
-    order[np.argsort(slot_lengths, kind="stable")] = examples_by_length
-    return row_offsets, order
+    counts = _count(lengths, capacity)
+    layout = _Layout(best_fit_patterns(counts, capacity=capacity), lengths.dtype, random)
+    ends = np.cumsum(counts)
+    examples = _group_by_length(lengths, ends - counts)
+    for begin, end in zip((ends - counts).tolist(), ends.tolist(), strict=True):
+        random.shuffle(examples[begin:end])
+    order = np.empty_like(examples)
+    taken = ends - counts  # of each length, where its first example without a place stands
+    for begin, slot_lengths in layout.slots(random):
+        slots, places = _deal(slot_lengths, taken)
+        order[begin : begin + len(slots)][slots] = examples[places]
+    return layout.row_offsets, order
 
 
-def _spans(ends: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Yield (begin, end) of every length class that has two examples or more."""
-    begin = 0
-    for end in ends.tolist():
-        if end - begin > 1:
-            yield begin, end
-        begin = end
+def number_type(count: int) -> type[np.uint32] | type[np.int64]:
+    """Return the type in which 0..count-1 are kept: 32 bits up to 4.29 billion of them, else 64."""
+    return np.uint32 if count <= 1 << 32 else np.int64
 
 
-def _lay_out(
-    patterns: Sequence[RowPattern], num_examples: int, slot_type: type[np.integer], random: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
-    """Give every row a place in the training order, and every slot of it a length.
+def gather(values: NDArray[Any], numbers: NDArray[np.integer]) -> NDArray[Any]:
+    """Return values[numbers] by blocks: numpy itself would first make a 64-bit copy of all of 32-bit `numbers`."""
+    result = np.empty(len(numbers), values.dtype)
+    for begin in range(0, len(numbers), BLOCK):
+        result[begin : begin + BLOCK] = values[numbers[begin : begin + BLOCK]]
+    return result
 
-    Returns: (row_offsets int64 [rows + 1], slot_lengths [examples]).
+
+def _count(lengths: NDArray[np.integer], capacity: int) -> NDArray[np.int64]:
+    """Count the examples of each length, [capacity + 1]."""
+    counts = np.zeros(capacity + 1, np.int64)
+    for begin in range(0, lengths.size, BLOCK):
+        counts += np.bincount(lengths[begin : begin + BLOCK], minlength=capacity + 1)
+    return counts
+
+
+def _group_by_length(lengths: NDArray[np.integer], begins: NDArray[np.int64]) -> NDArray[np.integer]:
+    """Return the numbers of all examples, the shortest first, equal lengths in their order."""
+    examples = np.empty(lengths.size, number_type(lengths.size))
+    free = begins.copy()
+    for begin in range(0, lengths.size, BLOCK):
+        found, places = _deal(lengths[begin : begin + BLOCK], free)
+        examples[places] = found + begin
+    return examples
+
+
+def _deal(lengths: NDArray[np.integer], free: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Deal a block the next places of each length, and move `free` on behind them.
+
+        lengths 5 3 5, free[3] = 40, free[5] = 70  ->  positions 1 0 2, places 40 70 71; free[3] = 41, free[5] = 72
+
+    Returns: (positions in the block ordered by length, place of each), [block].
     """
-    rows = np.array([pattern.rows for pattern in patterns])
-    segments = np.repeat([len(pattern.lengths) for pattern in patterns], rows)
-    place = random.permutation(segments.size)
-    row_offsets = np.zeros(segments.size + 1, np.int64)
-    row_offsets[1:][place] = segments
-    np.cumsum(row_offsets, out=row_offsets)
-    slot_lengths = np.empty(num_examples, slot_type)
-    begin = 0
-    for pattern in patterns:
-        width, mixed = len(pattern.lengths), pattern.lengths[0] != pattern.lengths[-1]
-        contents = np.array(pattern.lengths, slot_type)
-        slots = np.arange(width)
-        step = max(1, BLOCK_SLOTS // width)
-        for first in range(begin, begin + pattern.rows, step):
-            starts = row_offsets[place[first : min(first + step, begin + pattern.rows)]]
-            block = np.broadcast_to(contents, (starts.size, width))  # [rows, segments]
-            slot_lengths[starts[:, None] + slots] = random.permuted(block, axis=1) if mixed else block
-        begin += pattern.rows
-    return row_offsets, slot_lengths
+    positions = np.argsort(lengths, kind="stable")
+    counts = np.bincount(lengths, minlength=len(free))
+    before = np.cumsum(counts) - counts
+    places = np.repeat(free - before, counts)
+    places += np.arange(len(lengths))
+    free += counts
+    return positions, places
+
+
+class _Layout:
+    """Rows in training order: which class each is of, and where its segments stand.
+
+    row_offsets: int64 [rows + 1].
+    """
+
+    def __init__(self, patterns: Sequence[RowPattern], length_type: np.dtype[Any], random: np.random.Generator) -> None:
+        self._patterns = np.repeat(
+            np.arange(len(patterns), dtype=np.uint32), np.array([pattern.rows for pattern in patterns])
+        )
+        random.shuffle(self._patterns)
+        self._contents = np.array([length for pattern in patterns for length in pattern.lengths], length_type)
+        self._widths = np.array([len(pattern.lengths) for pattern in patterns])
+        self._starts = np.cumsum(self._widths) - self._widths  # of each pattern in `contents`
+        self.row_offsets = np.zeros(len(self._patterns) + 1, np.int64)
+        np.cumsum(gather(self._widths, self._patterns), out=self.row_offsets[1:])
+
+    def slots(self, random: np.random.Generator) -> Iterator[tuple[int, NDArray[np.integer]]]:
+        """Yield the lengths of all segments, block by block: (first segment, lengths in random order in each row)."""
+        step = max(1, BLOCK * (len(self.row_offsets) - 1) // int(self.row_offsets[-1]))
+        for first in range(0, len(self._patterns), step):
+            patterns = self._patterns[first : first + step]
+            begin = int(self.row_offsets[first])
+            starts = self.row_offsets[first : first + len(patterns)] - begin
+            lengths = np.empty(int(self.row_offsets[first + len(patterns)]) - begin, self._contents.dtype)
+            widths = self._widths[patterns]
+            for width in np.unique(widths).tolist():
+                rows = np.flatnonzero(widths == width)
+                columns = np.arange(width)
+                block = self._contents[self._starts[patterns[rows]][:, None] + columns]  # [rows, segments]
+                lengths[starts[rows][:, None] + columns] = random.permuted(block, axis=1, out=block)
+            yield begin, lengths

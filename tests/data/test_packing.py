@@ -97,7 +97,7 @@ def test_length_orders_neither_rows_nor_segments():
     first, last = packed[row_offsets[multiple]], packed[row_offsets[multiple + 1] - 1]
     assert 0.45 < np.mean(first > last) / np.mean(first != last) < 0.55
     # Equal lengths do not stay in their order in the file.
-    same = order[packed == 100]
+    same = order[packed == 100].astype(np.int64)
     assert len(same) > 100 and 0.4 < np.mean(np.diff(same) > 0) < 0.6
 
 
