@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         templates = select_templates(templates, arguments.template)
     metadata = {name: getattr(arguments, name) for name in ("dataset", "config", "split", "language", "task")}
     report = RenderReport()
-    size_kib = sum(require_file(source.path).stat().st_size for source in sources) >> 10
+    size_kib = sum(path.stat().st_size for source in sources for path in source.paths) >> 10
     with Progress("render", total=size_kib, unit="KiB") as progress, atomic_write(output) as stream:
         rows = islice(_identified_rows(sources, _kib_counter(progress)), arguments.limit)
         records = render_identified_rows(
@@ -115,7 +115,7 @@ def _source(name: str, arguments: argparse.Namespace) -> Source:
         quoting=arguments.quoting,
         records_at=arguments.records_at,
     )
-    require_file(source.path)  # first: a pattern that matched nothing has an odd suffix too
+    require_file(Path(name))  # first: a pattern that matched nothing has an odd suffix too
     source.resolved_format()
     return source
 
@@ -124,10 +124,10 @@ def _identified_rows(sources: list[Source], on_bytes: Callable[[int], None]) -> 
     """Yield rows with their ids: the field `id`, else file name and number."""
     from megatron_xmtf.prompts import read_rows
 
-    names = [source.path.name for source in sources]
+    names = [source.paths[0].name for source in sources]
     for source in sources:
-        name = source.path.name
-        label = name if names.count(name) == 1 else f"{source.path.parent.name}/{name}"
+        name = source.paths[0].name
+        label = name if names.count(name) == 1 else f"{source.paths[0].parent.name}/{name}"
         for number, row in enumerate(read_rows(source, on_bytes=on_bytes)):
             yield str(row["id"]) if "id" in row else f"{label}:{number}", row
 

@@ -3,6 +3,7 @@
 read_rows(source)  ->  render_rows(rows, load_templates(path), seed=0)  ->  PromptedRecord, PromptedRecord, ...
 """
 
+from megatron_xmtf.prompts.readers.bad_rows import BadRowError, RowReport
 from megatron_xmtf.prompts.render import (
     PromptedRecord,
     RenderReport,
@@ -10,14 +11,17 @@ from megatron_xmtf.prompts.render import (
     render_identified_rows,
     render_rows,
 )
+from megatron_xmtf.prompts.rows import read_rows
 from megatron_xmtf.prompts.sandbox import RenderLimits
-from megatron_xmtf.prompts.sources import Source, read_rows, source_from_mapping
+from megatron_xmtf.prompts.sources import Source, source_from_mapping
 from megatron_xmtf.prompts.templates import Template, load_templates, parse_templates, select_templates
 
 __all__ = [
+    "BadRowError",
     "PromptedRecord",
     "RenderLimits",
     "RenderReport",
+    "RowReport",
     "Source",
     "Template",
     "TemplateCounts",

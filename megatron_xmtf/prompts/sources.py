@@ -1,89 +1,193 @@
-"""Read rows (plain mappings) out of dataset files, one at a time, as declared and never as guessed.
+"""Declare where rows come from; nothing about a file is guessed.
 
-    format  suffixes               a row is                         what must or may be declared
-    jsonl   .jsonl .jsonl.gz       one JSON object a line
-    json    .json .json.gz         one element of a list            records_at: "examples" when the list lies inside
-    csv     .csv .csv.gz           one record of RFC 4180           columns when there is no header; delimiter
-    tsv     .tsv .tsv.gz           one record between tabs          quoting (see below); columns; delimiter
+    format                suffixes          a row is                              what must or may be declared
+    jsonl                 .jsonl            one JSON object a line
+    json                  .json             one element of a list                 records_at, keys_as
+    csv                   .csv              one record of RFC 4180                columns, delimiter, quoting
+    tsv                   .tsv              one record between tabs               columns, delimiter, quoting
+    lines                 (declared)        {"text": one line}                    or `aligned` instead of `path`
+    parquet               .parquet          one row of the table                  columns: those that are read
+    squad                 (declared)        one question of a SQuAD document
+    tydiqa                (declared)        one question of TyDi QA's full jsonl
+    natural_instructions  (declared)        one instance of a task file
+    huggingface           (declared)        one row of a dataset                  path or hub; name, split, revision
 
-`quoting` of csv and tsv: "csv" means that a field may stand in double quotes and may then hold delimiters and
-newlines; "none" means that a quote is a letter like any other. Csv files default to "csv". A tsv file needs no
-statement until a field begins with a quote: from there on the two readings differ, and reading stops with an error
-that asks which one is meant.
+Each suffix but .parquet may be followed by .gz or .zst, or by .tar, .tar.gz or .tar.zst: such an archive holds one
+file, or `member` names the one that is read; nothing is written to the disk. A list of paths is read in its order.
+Patterns (`*.jsonl`) are file names like any other: nothing is expanded.
 
-Every value of a csv or tsv row is a string (`answer_choices[label | int]` in a template).
+Fields of a row keep their names but for what `fields` says, and `constants` are added to each row:
 
-    fields={"id": "index_id"} :  {"index_id": "431", "text": "..."}  ->  {"text": "...", "id": "431"}
+    row        {"id": "7", "question": {"stem": "2 + 2?", "choices": [{"text": "3"}, {"text": "4"}]}, "key": "B"}
+    fields     answer: key                              a field under a new name
+               question: question.stem                  a dotted path into what is nested; 0, 1, ... into a list
+               choices: question.choices.*.text         * for every element of a list
+    constants  language: en
+    gives      {"id": "7", "question": "2 + 2?", "choices": ["3", "4"], "answer": "B", "language": "en"}
 
-Refused with file and line: invalid UTF-8, a lone surrogate, NUL, NaN and Infinity, a key given twice, a line that is
-not an object, a record with too many or too few columns, a line over 64 MiB, a damaged gzip stream. A byte-order
-mark at the start of a file is dropped; empty lines are skipped.
+docs/sources.md has one worked declaration for each format, and what each refuses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
-from megatron_xmtf.errors import ConfigError, RecordError, nearest_names
-from megatron_xmtf.files import require_file
-from megatron_xmtf.prompts.readers import Quoting, Row, read_json_list, read_jsonl, read_lines, read_table
+from megatron_xmtf.errors import ConfigError, nearest_names
 
-__all__ = ["Quoting", "Source", "SourceFormat", "read_rows", "source_from_mapping"]
+__all__ = ["Quoting", "Source", "SourceFormat", "file_suffixes", "source_from_mapping"]
 
-SourceFormat = Literal["jsonl", "json", "csv", "tsv"]
+SourceFormat = Literal[
+    "jsonl", "json", "csv", "tsv", "lines", "parquet", "squad", "tydiqa", "natural_instructions", "huggingface"
+]
+Quoting = Literal["csv", "none"]
+BY_SUFFIX: tuple[SourceFormat, ...] = ("jsonl", "json", "csv", "tsv", "parquet")
+OPTIONS: dict[str, tuple[SourceFormat, ...]] = {
+    "columns": ("csv", "tsv", "parquet", "huggingface"),
+    "delimiter": ("csv", "tsv"),
+    "quoting": ("csv", "tsv"),
+    "records_at": ("json",),
+    "keys_as": ("json",),
+    "aligned": ("lines",),
+    "hub": ("huggingface",),
+    "name": ("huggingface",),
+    "split": ("huggingface",),
+    "revision": ("huggingface",),
+}
+"""Which formats have which option."""
+TEXTS = ("format", "delimiter", "quoting", "records_at", "keys_as", "member", "hub", "name", "split", "revision")
+"""Options that are texts."""
 
 
 @dataclass(frozen=True)
 class Source:
     """Where rows come from and how to read them; the module docstring has the table."""
 
-    path: Path
+    path: Path | tuple[Path, ...] | None = None
+    """A file, or several that are read one after the other; for huggingface a directory. None: see aligned and hub."""
     format: SourceFormat | None = None
     """None: by the file's suffix."""
     fields: Mapping[str, str] = field(default_factory=dict)
-    """New field name -> the file's name for it; fields not named keep their names."""
+    """New field name -> the file's name for it, or a dotted path; fields not named keep their names."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that every row is given, such as language, dataset, config and split."""
     columns: tuple[str, ...] | None = None
-    """Column names of a csv or tsv file without a header; None: the first record is the header."""
+    """csv, tsv: names of the columns of a file without a header. parquet, huggingface: the columns that are read."""
     delimiter: str | None = None
     """One character; None: a comma for csv, a tab for tsv."""
     quoting: Quoting | None = None
-    """Whether double quotes enclose fields."""
+    """Whether double quotes enclose fields; None: yes for csv, and for tsv an error where it would matter."""
     records_at: str | None = None
     """Dotted path to the list inside a json document; None: the document is the list."""
+    keys_as: str | None = None
+    """The rows are the values of a json object, not of a list; its keys become the field of this name."""
+    member: str | None = None
+    """Name of the file inside a .tar archive; None: the only one."""
+    aligned: Mapping[str, Path] = field(default_factory=dict)
+    """Field name -> text file: line n of every file makes row n."""
+    hub: str | None = None
+    """Dataset id on the Hugging Face hub, as `owner/name`, instead of a path."""
+    name: str | None = None
+    """Configuration of a Hugging Face dataset (`config_name`)."""
+    split: str | None = None
+    """Split of a Hugging Face dataset; None: the only one."""
+    revision: str | None = None
+    """Branch, tag or commit of a dataset on the hub."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every path that is read, in order; empty for a dataset on the hub."""
+        if self.aligned:
+            return tuple(self.aligned.values())
+        if self.path is None:
+            return ()
+        return self.path if isinstance(self.path, tuple) else (self.path,)
+
+    @property
+    def label(self) -> str:
+        """What to call the source in a message: its path or paths, or the hub id."""
+        return self.hub if self.hub is not None else ", ".join(str(path) for path in self.paths)
 
     def resolved_format(self) -> SourceFormat:
         """Return the format, by suffix where none is declared.
 
-        Raises:  ConfigError: unknown suffix or format, or an option that the format does not have.
+        Raises:  ConfigError: no path or too many origins, files of different formats, an unknown suffix or format,
+                 an option that the format does not have, a value that the option cannot have.
         """
-        name = self.path.name.removesuffix(".gz")
-        found = self.format or name.rpartition(".")[2]
-        known = get_args(SourceFormat)
-        if found not in known:
-            what = f"format {found!r}" if self.format else f"the suffix of {self.path.name}"
-            raise ConfigError(f"{self.path}: {what} is not one of {', '.join(known)}; declare the format.")
-        if found in ("jsonl", "json") and (self.columns or self.delimiter or self.quoting):
-            raise ConfigError(
-                f"{self.path}: columns, delimiter and quoting are options of csv and tsv, not of {found}."
-            )
-        if found != "json" and self.records_at:
-            raise ConfigError(f"{self.path}: records_at is an option of json, not of {found}.")
+        origins = [name for name in ("path", "aligned", "hub") if getattr(self, name)]
+        if len(origins) != 1:
+            found_origins = " and ".join(origins) or "nothing"
+            raise ConfigError(f"a source has one of path, aligned and hub; this one has {found_origins}.")
+        found = self._format()
+        for option, formats in OPTIONS.items():
+            if getattr(self, option) and found not in formats:
+                raise ConfigError(f"{self.label}: {option} is an option of {', '.join(formats)}, not of {found}.")
+        if self.member and not all("tar" in file_suffixes(path) for path in self.paths):
+            raise ConfigError(f"{self.label}: member names a file of a .tar archive; this is none.")
         if self.delimiter is not None and len(self.delimiter) != 1:
-            raise ConfigError(f"{self.path}: delimiter={self.delimiter!r} is not one character.")
+            raise ConfigError(f"{self.label}: delimiter={self.delimiter!r} is not one character.")
         if self.quoting is not None and self.quoting not in get_args(Quoting):
-            raise ConfigError(f"{self.path}: quoting={self.quoting!r} is not one of csv, none.")
-        return cast(SourceFormat, found)
+            raise ConfigError(f"{self.label}: quoting={self.quoting!r} is not one of csv, none.")
+        if found == "huggingface" and len(self.paths) > 1:
+            raise ConfigError(f"{self.label}: a Hugging Face dataset is one directory; declare one source each.")
+        if self.revision and not self.hub:
+            raise ConfigError(
+                f"{self.label}: revision={self.revision!r} is of datasets on the hub, not of directories."
+            )
+        twice = set(self.constants) & set(self.fields)
+        if twice:
+            raise ConfigError(f"{self.label}: {sorted(twice)[0]!r} is named by both fields and constants.")
+        return found
+
+    def _format(self) -> SourceFormat:
+        known = get_args(SourceFormat)
+        if self.format is not None:
+            if self.format not in known:
+                raise ConfigError(f"{self.label}: format {self.format!r} is not one of {', '.join(known)}.")
+            return self.format
+        if self.hub:
+            return "huggingface"
+        if self.aligned:
+            return "lines"
+        found: list[SourceFormat] = []
+        for path in self.paths:
+            suffix = next(iter(file_suffixes(path)), "")
+            by_suffix = [name for name in BY_SUFFIX if name == suffix]
+            if not by_suffix:
+                raise ConfigError(
+                    f"{path}: the suffix of {path.name} is not one of {', '.join(BY_SUFFIX)}; declare the format: one "
+                    f"of {', '.join(known)}."
+                )
+            found += by_suffix
+        if len(set(found)) > 1:
+            raise ConfigError(
+                f"{self.label}: files of different formats ({', '.join(sorted(set(found)))}); declare it."
+            )
+        return found[0]
+
+
+def file_suffixes(path: Path) -> list[str]:
+    """Return the suffixes that say how to open a file, without dots: at most one format, `tar`, one compression.
+
+    >>> file_suffixes(Path("exams.v2.jsonl.tar.gz"))
+    ['jsonl', 'tar', 'gz']
+    """
+    found: list[str] = []
+    parts = path.name.split(".")[1:]
+    for accepted in (("gz", "zst"), ("tar",)):
+        if parts and parts[-1] in accepted:
+            found.insert(0, parts.pop())
+    return parts[-1:] + found
 
 
 def source_from_mapping(values: Mapping[str, Any] | str, *, directory: Path, where: str) -> Source:
     """Make a `Source` out of a configuration's value: a path, or a mapping of `Source`'s fields.
 
     Args:    directory: what a relative path is relative to. where: what to name in an error, as "tasks.yaml: records".
-    Raises:  ConfigError: no path, an unknown key, a value of the wrong type.
+    Raises:  ConfigError: no path, an unknown key, a value of the wrong type, whatever `resolved_format` refuses.
     """
     if isinstance(values, str):
         values = {"path": values}
@@ -91,66 +195,52 @@ def source_from_mapping(values: Mapping[str, Any] | str, *, directory: Path, whe
     for key in values:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r}, {nearest_names(str(key), known)}.")
-    options = dict(values)
-    if not isinstance(options.get("path"), str):
-        raise ConfigError(f"{where}: path={options.get('path')!r} is not a file name.")
-    renamed = options.get("fields", {})
-    if not isinstance(renamed, Mapping) or not all(isinstance(name, str) for pair in renamed.items() for name in pair):
-        raise ConfigError(f"{where}: fields={renamed!r} is not a mapping of new names to the file's names.")
-    columns = options.get("columns")
-    if columns is not None:
-        if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
-            raise ConfigError(f"{where}: columns={columns!r} is not a list of names.")
-        options["columns"] = tuple(columns)
-    for key in ("format", "delimiter", "quoting", "records_at"):
-        if options.get(key) is not None and not isinstance(options[key], str):
-            raise ConfigError(f"{where}: {key}={options[key]!r} is not a string.")
-    options["path"] = directory / options["path"]
+    options = {key: value for key, value in values.items() if value is not None}
+    if "path" in options or not ("aligned" in options or "hub" in options):
+        options["path"] = _paths(options.get("path"), directory, where)
+    if "columns" in options:
+        options["columns"] = tuple(_names(options["columns"], "columns", where))
+    for key in ("fields", "aligned"):
+        options[key] = _mapping_of_texts(options.get(key, {}), key, where)
+    options["aligned"] = {name: directory / path for name, path in options["aligned"].items()}
+    constants = options.get("constants", {})
+    if not isinstance(constants, Mapping) or not all(isinstance(name, str) for name in constants):
+        raise ConfigError(f"{where}: constants={constants!r} is not a mapping of field names to values.")
+    for key in (
+        "format",
+        "delimiter",
+        "quoting",
+        "records_at",
+        "keys_as",
+        "member",
+        "hub",
+        "name",
+        "split",
+        "revision",
+    ):
+        if key in options and not (isinstance(options[key], str) and options[key]):
+            raise ConfigError(f"{where}: {key}={options[key]!r} is not a text.")
     source = Source(**options)
     source.resolved_format()
     return source
 
 
-def read_rows(source: Source | Path | str, *, on_bytes: Callable[[int], None] | None = None) -> Iterator[Row]:
-    """Read the rows of one file in order, in bounded memory (but for `json`, which is read whole).
-
-    Args:    source: what to read; a path alone is read by its suffix.
-             on_bytes: called now and then with the bytes of the file consumed since the last call (a progress bar).
-    Raises:  MissingError: no such file. ConfigError: an impossible declaration. RecordError: a row that cannot be
-             read, with file, line and reason.
-    """
-    if not isinstance(source, Source):
-        source = Source(Path(source))
-    found = source.resolved_format()
-    require_file(source.path)
-    return _renamed(_read(source, found, on_bytes), source)
+def _paths(value: Any, directory: Path, where: str) -> Path | tuple[Path, ...]:
+    if isinstance(value, str) and value:
+        return directory / value
+    if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value):
+        raise ConfigError(f"{where}: path={value!r} is not a file name, nor a list of them.")
+    return tuple(directory / name for name in value)
 
 
-def _read(source: Source, found: SourceFormat, on_bytes: Callable[[int], None] | None) -> Iterator[tuple[str, Row]]:
-    """Yield (where, row) with where = "file:line" for error messages."""
-    lines = read_lines(source.path, on_bytes)
-    if found == "jsonl":
-        return read_jsonl(source.path, lines)
-    if found == "json":
-        return read_json_list(source.path, lines, records_at=source.records_at)
-    return read_table(
-        source.path,
-        lines,
-        delimiter=source.delimiter or ("," if found == "csv" else "\t"),
-        quoting=source.quoting or ("csv" if found == "csv" else None),
-        columns=source.columns,
-    )
+def _names(value: Any, key: str, where: str) -> list[str]:
+    if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"{where}: {key}={value!r} is not a list of names.")
+    return value
 
 
-def _renamed(rows: Iterable[tuple[str, Row]], source: Source) -> Iterator[Row]:
-    for where, row in rows:
-        if source.fields:
-            # All taken out before any is put back: two fields may swap their names.
-            values = {}
-            for name, old in source.fields.items():
-                if old not in row:
-                    raise RecordError(f"{where}: no field {old!r} to read {name!r} from; {nearest_names(old, row)}.")
-                values[name] = row[old]
-            row = {name: value for name, value in row.items() if name not in source.fields.values()}
-            row.update(values)
-        yield row
+def _mapping_of_texts(value: Any, key: str, where: str) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for pair in value.items() for name in pair):
+        what = "new names to the file's names" if key == "fields" else "field names to files"
+        raise ConfigError(f"{where}: {key}={value!r} is not a mapping of {what}.")
+    return dict(value)

@@ -128,7 +128,7 @@ def test_impossible_declarations(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.txt", "{}\n")
     with pytest.raises(ConfigError, match=r"suffix of rows.txt is not one of jsonl, json, csv, tsv"):
         read_rows(path)
-    with pytest.raises(ConfigError, match="options of csv and tsv"):
+    with pytest.raises(ConfigError, match="delimiter is an option of csv, tsv, not of jsonl"):
         read_rows(Source(path, format="jsonl", delimiter=";"))
     with pytest.raises(ConfigError, match="not one character"):
         read_rows(Source(path, format="csv", delimiter=";;"))
