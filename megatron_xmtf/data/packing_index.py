@@ -5,13 +5,14 @@
     example_ids  7  2  3  9  2         example of that dataset, a segment each, in this order
 
 On disk it is a directory of three .npy files and `packing.json`, which has the key, everything that went into the key,
-the statistics, and the size and SHA-256 of each file. It is written under a temporary name and renamed when whole.
+the statistics, how many examples each dataset must have, and the size and SHA-256 of each file. It is written under a
+temporary name and renamed when whole. A segment takes 6 bytes: 80 million take 0.5 GB.
 """
 
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -24,9 +25,17 @@ from megatron_xmtf.files import atomic_directory, read_json, sha256_file, write_
 __all__ = ["DatasetStatistics", "PackingIndex", "PackingStatistics"]
 
 FORMAT = "megatron_xmtf packing index"
-VERSION = 1
+VERSION = 2
+"""2: example_ids in 32 bits where they suffice, and required_examples."""
 MANIFEST = "packing.json"
-ARRAYS = {"row_offsets": np.int64, "dataset_ids": np.uint16, "example_ids": np.int64}
+ARRAYS: dict[str, tuple[type[np.integer], ...]] = {
+    "row_offsets": (np.int64,),
+    "dataset_ids": (np.uint16,),
+    "example_ids": (np.uint32, np.int64),
+}
+"""Types that each array may have; example_ids are 64-bit only where a dataset has more than 4.29 billion examples."""
+BLOCK = 1 << 20
+"""Rows or segments checked at a time, so that a check takes no memory beside the index."""
 
 
 class DatasetStatistics(TypedDict):
@@ -76,8 +85,8 @@ class PackingIndex:
     """[rows + 1], from 0 to the number of segments."""
     dataset_ids: NDArray[np.uint16]
     """[segments], position of the dataset in the mixture."""
-    example_ids: NDArray[np.int64]
-    """[segments], number of the example in its dataset."""
+    example_ids: NDArray[np.integer]
+    """[segments], number of the example in its dataset; uint32, or int64 where those do not suffice."""
     sequence_length: int
     """Tokens the model reads; a row holds one more."""
     long_examples: str
@@ -87,6 +96,13 @@ class PackingIndex:
     """SHA-256 of everything that changes the index."""
     key_inputs: dict[str, Any]
     """What the key is the hash of."""
+    required_examples: list[int] = field(default_factory=list)
+    """[datasets], examples that each dataset must have: its largest number in the index + 1. Counted if not given."""
+
+    def __post_init__(self) -> None:
+        if not self.required_examples:
+            counted = _count_required(self.dataset_ids, self.example_ids, num_datasets=len(self.statistics["datasets"]))
+            object.__setattr__(self, "required_examples", counted)
 
     def __len__(self) -> int:
         return len(self.row_offsets) - 1
@@ -117,7 +133,7 @@ class PackingIndex:
         }
         files = {}
         for name, array in arrays.items():
-            assert array.dtype == ARRAYS[name], f"{name} is {array.dtype}, the format has {ARRAYS[name]}"
+            assert array.dtype in ARRAYS[name], f"{name} is {array.dtype}, not one of {ARRAYS[name]}"
             path = directory / f"{name}.npy"
             np.save(path, array, allow_pickle=False)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -131,22 +147,26 @@ class PackingIndex:
                 "sequence_length": self.sequence_length,
                 "long_examples": self.long_examples,
                 "statistics": self.statistics,
+                "required_examples": self.required_examples,
                 "files": files,
             },
         )
 
     @staticmethod
-    def load(directory: Path | str, *, key: str | None = None) -> PackingIndex:
-        """Open an index, its arrays memory-mapped, after checking every byte and that the parts agree.
+    def load(directory: Path | str, *, key: str | None = None, verify: bool = True) -> PackingIndex:
+        """Open an index, its arrays memory-mapped.
 
-        Args:    key: the key the index must have; None takes any.
-        Raises:  DatasetError: missing, truncated or altered files, or an index of another key.
+        Args:    key: the key the index must have; None takes any. verify: read all of it, compare every SHA-256 and
+                 check that the parts agree. Once a run is enough: after that, False opens it in milliseconds and
+                 reads only what is asked for, with names, sizes, types and the ends of `row_offsets` checked.
+        Raises:  DatasetError: missing, truncated or altered files, or an index of another key or version.
         """
         directory = Path(directory)
         manifest = _read_manifest(directory, key)
-        arrays = {name: _load_array(directory, name, manifest["files"]) for name in ARRAYS}
-        statistics = cast(PackingStatistics, manifest["statistics"])
-        if fault := _disagreement(arrays, statistics):
+        arrays = {name: _load_array(directory, name, manifest["files"], verify=verify) for name in ARRAYS}
+        statistics, required = cast(PackingStatistics, manifest["statistics"]), manifest["required_examples"]
+        fault = _disagreement(arrays, statistics, required)
+        if fault or (verify and (fault := _disagreement_inside(arrays, required))):
             raise _damaged(directory, fault)
         return PackingIndex(
             row_offsets=arrays["row_offsets"],
@@ -157,20 +177,46 @@ class PackingIndex:
             statistics=statistics,
             key=manifest["key"],
             key_inputs=manifest["key_inputs"],
+            required_examples=required,
         )
 
 
-def _disagreement(arrays: dict[str, NDArray[Any]], statistics: PackingStatistics) -> str:
-    """Name the first way in which the parts of an index do not fit together; "" if they do."""
+def _count_required(
+    dataset_ids: NDArray[np.uint16], example_ids: NDArray[np.integer], *, num_datasets: int
+) -> list[int]:
+    """Return how many examples each dataset must have, 0 for one that the index does not name."""
+    required = np.zeros(num_datasets, np.int64)
+    for begin in range(0, len(dataset_ids), BLOCK):
+        numbers = example_ids[begin : begin + BLOCK].astype(np.int64)
+        np.maximum.at(required, dataset_ids[begin : begin + BLOCK].astype(np.intp), numbers + 1)
+    return [int(count) for count in required]
+
+
+def _disagreement(arrays: dict[str, NDArray[Any]], statistics: PackingStatistics, required: list[int]) -> str:
+    """Name the first way in which sizes and ends of an index do not fit together; "" if they do."""
     offsets, dataset_ids, example_ids = arrays["row_offsets"], arrays["dataset_ids"], arrays["example_ids"]
-    if len(offsets) < 2 or offsets[0] != 0 or np.any(np.diff(offsets) < 1):
+    if len(offsets) < 2 or offsets[0] != 0:
         return "row_offsets do not ascend from 0"
     if not offsets[-1] == len(dataset_ids) == len(example_ids):
         return f"{offsets[-1]} segments, {len(dataset_ids)} dataset and {len(example_ids)} example numbers"
     if len(offsets) - 1 != statistics["rows"]:
         return f"{len(offsets) - 1} rows, {statistics['rows']} in {MANIFEST}"
-    if dataset_ids.max() >= len(statistics["datasets"]) or example_ids.min() < 0:
-        return "a segment is of no dataset or of no example"
+    if len(required) != len(statistics["datasets"]):
+        return f"required_examples of {len(required)} datasets, statistics of {len(statistics['datasets'])}"
+    return ""
+
+
+def _disagreement_inside(arrays: dict[str, NDArray[Any]], required: list[int]) -> str:
+    """Name the first way in which the contents of an index do not fit together; "" if they do."""
+    offsets, dataset_ids, example_ids = arrays["row_offsets"], arrays["dataset_ids"], arrays["example_ids"]
+    for begin in range(0, len(offsets) - 1, BLOCK):
+        if np.any(np.diff(offsets[begin : begin + BLOCK + 1]) < 1):
+            return "row_offsets do not ascend from 0"
+    for begin in range(0, len(dataset_ids), BLOCK):
+        if dataset_ids[begin : begin + BLOCK].max() >= len(required) or example_ids[begin : begin + BLOCK].min() < 0:
+            return "a segment is of no dataset or of no example"
+    if _count_required(dataset_ids, example_ids, num_datasets=len(required)) != required:
+        return f"the largest example numbers are not those of required_examples in {MANIFEST}"
     return ""
 
 
@@ -187,24 +233,29 @@ def _read_manifest(directory: Path, key: str | None) -> dict[str, Any]:
         manifest = read_json(directory / MANIFEST)
     except (FileNotFoundError, ConfigError) as error:
         raise _damaged(directory, str(error)) from error
-    expected = {"key", "key_inputs", "sequence_length", "long_examples", "statistics", "files"}
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not expected <= manifest.keys():
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise _damaged(directory, f"{MANIFEST} is not that of a packing index")
     if manifest.get("version") != VERSION:
         raise DatasetError(
             f"packing index {directory} has version {manifest.get('version')}, this program reads {VERSION}. "
             "Remove that directory and run `xmtf pack CONFIG` again."
         )
+    expected = {"key", "key_inputs", "sequence_length", "long_examples", "statistics", "required_examples", "files"}
+    if not expected <= manifest.keys():
+        missing = ", ".join(sorted(expected - manifest.keys()))
+        raise _damaged(directory, f"{MANIFEST} has no {missing}")
     if key is not None and manifest["key"] != key:
         raise _damaged(directory, f"its key is {manifest['key']}, not {key}")
-    statistics, files = manifest["statistics"], manifest["files"]
+    statistics, files, required = manifest["statistics"], manifest["files"], manifest["required_examples"]
     if not isinstance(files, dict) or not isinstance(statistics, dict) or not {"rows", "datasets"} <= statistics.keys():
         raise _damaged(directory, f"{MANIFEST} has no statistics or no files")
+    if not isinstance(required, list) or not all(isinstance(count, int) for count in required):
+        raise _damaged(directory, f"{MANIFEST} has no numbers in required_examples")
     return manifest
 
 
-def _load_array(directory: Path, name: str, files: dict[str, Any]) -> NDArray[Any]:
-    """Open one array after comparing size and hash; a flipped bit would silently change the training order."""
+def _load_array(directory: Path, name: str, files: dict[str, Any], *, verify: bool) -> NDArray[Any]:
+    """Open one array after comparing size and, to verify, hash; a flipped bit would silently change the order."""
     path = directory / f"{name}.npy"
     recorded = files.get(path.name)
     if not path.is_file() or not isinstance(recorded, dict):
@@ -212,12 +263,13 @@ def _load_array(directory: Path, name: str, files: dict[str, Any]) -> NDArray[An
     size = path.stat().st_size
     if size != recorded.get("bytes"):
         raise _damaged(directory, f"{path.name} has {size} bytes instead of {recorded.get('bytes')}")
-    if sha256_file(path) != recorded.get("sha256"):
+    if verify and sha256_file(path) != recorded.get("sha256"):
         raise _damaged(directory, f"{path.name} was altered (its SHA-256 differs)")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise _damaged(directory, f"{path.name} cannot be read ({error})") from error
-    if array.ndim != 1 or array.dtype != ARRAYS[name]:
-        raise _damaged(directory, f"{path.name} is {array.dtype} {list(array.shape)}, not one row of {ARRAYS[name]}")
+    if array.ndim != 1 or array.dtype not in ARRAYS[name]:
+        wanted = " or ".join(np.dtype(dtype).name for dtype in ARRAYS[name])
+        raise _damaged(directory, f"{path.name} is {array.dtype} {list(array.shape)}, not one row of {wanted}")
     return array

@@ -59,13 +59,11 @@ class PackedRows:
                 f"the packing index was built from {len(names)} datasets ({', '.join(names[:3])}), and "
                 f"{len(self.datasets)} are given; build it again with `xmtf pack CONFIG`."
             )
-        largest = np.full(len(self.datasets), -1, np.int64)
-        np.maximum.at(largest, index.dataset_ids, index.example_ids)
-        for dataset, number in zip(self.datasets, largest.tolist(), strict=True):
-            if number >= len(dataset):
+        for dataset, required in zip(self.datasets, index.required_examples, strict=True):
+            if required > len(dataset):
                 raise DatasetError(
-                    f"the packing index names example {number} of dataset {dataset.name!r}, which has {len(dataset)} "
-                    "examples; build it again with `xmtf pack CONFIG`."
+                    f"the packing index names example {required - 1} of dataset {dataset.name!r}, which has "
+                    f"{len(dataset)} examples; build it again with `xmtf pack CONFIG`."
                 )
 
     def __len__(self) -> int:
@@ -80,7 +78,7 @@ class PackedRows:
             raise IndexError(f"row {row} of {len(self)}")
         begin, end = int(self.index.row_offsets[row]), int(self.index.row_offsets[row + 1])
         dataset_ids = np.array(self.index.dataset_ids[begin:end])
-        example_ids = np.array(self.index.example_ids[begin:end])
+        example_ids = np.array(self.index.example_ids[begin:end], np.int64)
         examples = [
             self._truncated(self.datasets[dataset][example])
             for dataset, example in zip(dataset_ids.tolist(), example_ids.tolist(), strict=True)
@@ -172,7 +170,7 @@ def pack_examples(
         _build_row(
             [arrays[number] for number in order[begin:end].tolist()],
             dataset_ids=np.zeros(end - begin, np.uint16),
-            example_ids=order[begin:end].copy(),
+            example_ids=order[begin:end].astype(np.int64),
             sequence_length=sequence_length,
             pad_id=pad_id,
             what=f"row {row}",
