@@ -1,118 +1,17 @@
-import json
-
 import numpy as np
 import pytest
 
 from megatron_xmtf.config import DataConfig
-from megatron_xmtf.data.best_fit import best_fit_patterns
 from megatron_xmtf.data.packing import (
-    PackingIndex,
     build_packing_index,
     index_path,
     open_packing_index,
     pack_dataset,
-    pack_lengths,
     pack_mixture,
     packing_key,
 )
-from megatron_xmtf.errors import DatasetError, DiskFullError
+from megatron_xmtf.errors import DatasetError
 from tests.data.memory_dataset import MemoryDataset, dataset_of_lengths, random_dataset
-
-
-def lognormal_lengths(count, capacity, seed=0, mean=200):
-    """Lengths with the long tail of instruction data; sigma 1 puts the median at 0.6 of the mean."""
-    draws = np.random.default_rng(seed).lognormal(np.log(mean) - 0.5, 1.0, count)
-    return np.clip(np.rint(draws), 1, capacity).astype(np.int32)
-
-
-def row_sums(lengths, row_offsets, order):
-    return np.add.reduceat(lengths[order].astype(np.int64), row_offsets[:-1])
-
-
-def best_fit_decreasing(lengths, capacity):
-    """Oracle: best-fit decreasing, one example at a time, by trying every row. Returns used tokens of each row."""
-    rows = []
-    for length in sorted(lengths, reverse=True):
-        fitting = [row for row in range(len(rows)) if rows[row] + length <= capacity]
-        if fitting:
-            rows[max(fitting, key=lambda row: rows[row])] += length
-        else:
-            rows.append(length)
-    return rows
-
-
-def test_the_worked_example():
-    counts = np.bincount([7, 7, 6, 4, 3, 3, 2], minlength=11)
-    patterns = best_fit_patterns(counts, capacity=10)
-    assert sorted((tuple(p.lengths), p.rows) for p in patterns) == [((2,), 1), ((6, 4), 1), ((7, 3), 2)]
-
-
-@pytest.mark.parametrize("seed", range(25))
-def test_same_rows_as_best_fit_decreasing_example_by_example(seed):
-    random = np.random.default_rng(seed)
-    capacity = int(random.integers(5, 60))
-    lengths = random.integers(1, capacity + 1, size=int(random.integers(1, 300)))
-    row_offsets, order = pack_lengths(lengths, capacity=capacity, seed=seed)
-    sums = row_sums(lengths, row_offsets, order)
-    assert sorted(sums) == sorted(best_fit_decreasing(lengths.tolist(), capacity))
-
-
-def test_every_example_once_and_no_row_over_capacity():
-    lengths = lognormal_lengths(20_000, 513, mean=100)
-    row_offsets, order = pack_lengths(lengths, capacity=513, seed=3)
-    assert np.array_equal(np.sort(order), np.arange(len(lengths)))
-    assert row_offsets[0] == 0 and row_offsets[-1] == len(lengths) and np.all(np.diff(row_offsets) >= 1)
-    assert row_sums(lengths, row_offsets, order).max() <= 513
-
-
-def test_fill_on_realistic_lengths():
-    lengths = lognormal_lengths(100_000, 2049)
-    row_offsets, order = pack_lengths(lengths, capacity=2049, seed=0)
-    rows = len(row_offsets) - 1
-    assert lengths.sum() / (rows * 2049) >= 0.995
-    assert rows >= -(-int(lengths.sum()) // 2049)
-
-
-def test_capacity_beyond_16_bits():
-    lengths = np.array([70_000, 30_000, 40_000, 60_000, 100_000])
-    row_offsets, order = pack_lengths(lengths, capacity=100_000, seed=0)
-    assert row_sums(lengths, row_offsets, order).tolist() == [100_000] * 3
-
-
-def test_one_seed_one_result_another_seed_another_order():
-    lengths = lognormal_lengths(3_000, 257, mean=60)
-    first, again, other = (pack_lengths(lengths, capacity=257, seed=seed) for seed in (5, 5, 6))
-    assert first[0].tobytes() == again[0].tobytes() and first[1].tobytes() == again[1].tobytes()
-    assert not np.array_equal(first[1], other[1])
-    assert len(first[0]) == len(other[0])
-
-
-def test_length_orders_neither_rows_nor_segments():
-    lengths = lognormal_lengths(50_000, 2049)
-    row_offsets, order = pack_lengths(lengths, capacity=2049, seed=0)
-    packed, segments = lengths[order], np.diff(row_offsets)
-    halves = segments[: len(segments) // 2].mean() / segments[len(segments) // 2 :].mean()
-    assert 0.9 < halves < 1.1
-    multiple = np.flatnonzero(segments > 1)
-    first, last = packed[row_offsets[multiple]], packed[row_offsets[multiple + 1] - 1]
-    assert 0.45 < np.mean(first > last) / np.mean(first != last) < 0.55
-    # Equal lengths do not stay in their order in the file.
-    same = order[packed == 100].astype(np.int64)
-    assert len(same) > 100 and 0.4 < np.mean(np.diff(same) > 0) < 0.6
-
-
-@pytest.mark.parametrize("lengths", [[0, 3], [3, 11], [-1]])
-def test_lengths_that_no_row_holds_are_refused(lengths):
-    with pytest.raises(DatasetError, match="a row holds 1 to 10"):
-        pack_lengths(np.array(lengths), capacity=10, seed=0)
-
-
-def test_nothing_to_pack_is_no_row():
-    row_offsets, order = pack_lengths(np.zeros(0, np.int64), capacity=10, seed=0)
-    assert row_offsets.tolist() == [0] and len(order) == 0
-
-
-# The index of a run.
 
 
 def config(names, **fields):
@@ -251,91 +150,6 @@ def test_the_key_changes_with_everything_that_changes_the_rows():
         datasets[0].manifest = {"sha256": content}
         others.append(packing_key(datasets, **same)[0])
     assert len({key, *others}) == len(others) + 1
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-8])
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-
-
-def forge_rows(path):
-    manifest = json.loads(path.read_text())
-    manifest["statistics"]["rows"] += 1
-    path.write_text(json.dumps(manifest))
-
-
-@pytest.mark.parametrize(
-    ("name", "damage", "message"),
-    [
-        ("example_ids.npy", truncate, "bytes instead of"),
-        ("row_offsets.npy", flip_a_bit, "altered"),
-        ("dataset_ids.npy", lambda path: path.unlink(), "is missing"),
-        ("packing.json", lambda path: path.write_text("{"), "not valid JSON"),
-        ("packing.json", lambda path: path.write_text("{}"), "not that of a packing index"),
-        ("packing.json", lambda path: path.unlink(), "does not exist"),
-        ("packing.json", forge_rows, "rows"),
-    ],
-)
-def test_a_damaged_index_is_refused(tmp_path, name, damage, message):
-    index = pack_mixture([random_dataset("a", 40, seed=1)], sequence_length=31)
-    index.save(tmp_path / "index")
-    PackingIndex.load(tmp_path / "index", key=index.key)
-    damage(tmp_path / "index" / name)
-    with pytest.raises(DatasetError, match=message):
-        PackingIndex.load(tmp_path / "index", key=index.key)
-
-
-def test_an_index_of_another_key_is_refused(tmp_path):
-    pack_mixture([random_dataset("a", 40, seed=1)], sequence_length=31).save(tmp_path / "index")
-    with pytest.raises(DatasetError, match="its key is"):
-        PackingIndex.load(tmp_path / "index", key="0" * 64)
-
-
-def test_arrays_that_could_run_code_are_not_read(tmp_path):
-    index = pack_mixture([random_dataset("a", 40, seed=1)], sequence_length=31)
-    index.save(tmp_path / "index")
-    path = tmp_path / "index" / "example_ids.npy"
-    np.save(path, np.array([print], dtype=object), allow_pickle=True)
-    manifest = json.loads((tmp_path / "index" / "packing.json").read_text())
-    import hashlib
-
-    content = path.read_bytes()
-    manifest["files"][path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (tmp_path / "index" / "packing.json").write_text(json.dumps(manifest))
-    with pytest.raises(DatasetError, match="cannot be read"):
-        PackingIndex.load(tmp_path / "index")
-
-
-def test_the_first_of_two_builders_is_kept(tmp_path, monkeypatch):
-    first = pack_mixture([random_dataset("a", 40, seed=1)], sequence_length=31)
-    second = pack_mixture([random_dataset("a", 40, seed=1)], sequence_length=31, seed=9)
-    write = PackingIndex._write
-
-    def write_while_another_finishes(self, directory):
-        if self is second:
-            first.save(tmp_path / "index")
-        write(self, directory)
-
-    monkeypatch.setattr(PackingIndex, "_write", write_while_another_finishes)
-    second.save(tmp_path / "index")
-    assert PackingIndex.load(tmp_path / "index").key == first.key
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
-
-
-def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
-    def fail(self, directory):
-        (directory / "half").write_text("written")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(PackingIndex, "_write", fail)
-    with pytest.raises(DiskFullError):
-        pack_mixture([random_dataset("a", 40, seed=1)], sequence_length=31).save(tmp_path / "index")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_validation_keeps_the_order_of_the_file():
