@@ -9,8 +9,11 @@ from pathlib import Path
 from megatron_xmtf.errors import ConfigError, RecordError
 from megatron_xmtf.files import require_directory, require_file
 from megatron_xmtf.prompts.readers.bad_rows import BadRowError, LocatedRows, OnBadRow, Reject, Row, RowReport
+from megatron_xmtf.prompts.readers.extras import needs_extra
 from megatron_xmtf.prompts.readers.field_map import mapped_row
 from megatron_xmtf.prompts.readers.json_rows import read_json_list, read_jsonl
+from megatron_xmtf.prompts.readers.natural_instructions import read_natural_instructions
+from megatron_xmtf.prompts.readers.question_answering import read_squad, read_tydiqa
 from megatron_xmtf.prompts.readers.streams import read_lines
 from megatron_xmtf.prompts.readers.tables import read_table
 from megatron_xmtf.prompts.readers.text_lines import read_aligned_lines, read_text_lines
@@ -83,14 +86,28 @@ def _located(source: Source, found: SourceFormat, on_bytes: OnBytes | None, reje
             }
             yield from read_aligned_lines(files, reject)
         return
-    for path in source.paths:
+    if found == "huggingface":
+        with needs_extra(source.label, "a saved dataset"):
+            from megatron_xmtf.prompts.readers.huggingface import read_huggingface
+        yield from read_huggingface(source, reject, on_bytes=on_bytes)
+    for path in source.paths if found != "huggingface" else ():
         yield from _read_file(source, found, path, on_bytes, reject)
 
 
 def _read_file(
     source: Source, found: SourceFormat, path: Path, on_bytes: OnBytes | None, reject: Reject
 ) -> LocatedRows:
+    if found == "parquet":
+        with needs_extra(source.label, "parquet"):
+            from megatron_xmtf.prompts.readers.parquet import read_parquet
+        return read_parquet(path, reject, columns=source.columns, on_bytes=on_bytes)
     lines = read_lines(path, member=source.member, on_bytes=on_bytes)
+    if found == "squad":
+        return read_squad(path, lines, reject)
+    if found == "tydiqa":
+        return read_tydiqa(path, lines, reject)
+    if found == "natural_instructions":
+        return read_natural_instructions(path, lines, reject)
     if found == "jsonl":
         return read_jsonl(path, lines, reject)
     if found == "json":

@@ -108,8 +108,11 @@ class Source:
 
     @property
     def label(self) -> str:
-        """What to call the source in a message: its path or paths, or the hub id."""
-        return self.hub if self.hub is not None else ", ".join(str(path) for path in self.paths)
+        """What to call the source in a message: its first path and how many more there are, or the hub id."""
+        if self.hub is not None:
+            return self.hub
+        more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
+        return f"{self.paths[0]}{more}" if self.paths else "a source without a path"
 
     def resolved_format(self) -> SourceFormat:
         """Return the format, by suffix where none is declared.

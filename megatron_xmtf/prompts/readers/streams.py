@@ -20,7 +20,7 @@ from megatron_xmtf.errors import RecordError
 from megatron_xmtf.prompts.readers.archive import MemberStream, choose_member
 from megatron_xmtf.prompts.sources import file_suffixes
 
-__all__ = ["DAMAGE", "Lines", "read_lines"]
+__all__ = ["DAMAGE", "Lines", "decompressed", "read_lines"]
 
 Lines = Generator[tuple[int, bytes], None, None]
 """(line number from 1, bytes of the line with its newline)."""
@@ -70,13 +70,13 @@ def _read_line(stream: IO[bytes], path: Path, number: int) -> bytes:
 def _opened(path: Path, raw: IO[bytes], member: str | None) -> Iterator[IO[bytes]]:
     suffixes = file_suffixes(path)
     with ExitStack() as stack:
-        stream = stack.enter_context(_decompressed(raw, suffixes))
+        stream = stack.enter_context(decompressed(raw, suffixes))
         if "tar" in suffixes:
             # Once through the headers, so that a second file is refused before the first row; then again to read.
             try:
                 chosen = choose_member(path, stream, member)
                 raw.seek(0)
-                stream = stack.enter_context(_decompressed(raw, suffixes))
+                stream = stack.enter_context(decompressed(raw, suffixes))
                 yield stack.enter_context(io.BufferedReader(MemberStream(stream, chosen)))
             except DAMAGE as error:
                 raise RecordError(f"{path}: the archive is damaged or cut off ({error}).") from error
@@ -85,7 +85,8 @@ def _opened(path: Path, raw: IO[bytes], member: str | None) -> Iterator[IO[bytes
 
 
 @contextmanager
-def _decompressed(raw: IO[bytes], suffixes: list[str]) -> Iterator[IO[bytes]]:
+def decompressed(raw: IO[bytes], suffixes: list[str]) -> Iterator[IO[bytes]]:
+    """Open what a file holds by the last of its suffixes, without dots; a failed read raises one of `DAMAGE`."""
     if suffixes[-1:] == ["gz"]:
         _refuse_empty(raw)
         with gzip.GzipFile(fileobj=raw) as stream:
