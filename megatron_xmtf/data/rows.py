@@ -79,10 +79,16 @@ class PackedRows:
         begin, end = int(self.index.row_offsets[row]), int(self.index.row_offsets[row + 1])
         dataset_ids = np.array(self.index.dataset_ids[begin:end])
         example_ids = np.array(self.index.example_ids[begin:end], np.int64)
-        examples = [
-            self._truncated(self.datasets[dataset][example])
-            for dataset, example in zip(dataset_ids.tolist(), example_ids.tolist(), strict=True)
-        ]
+        try:
+            examples = [
+                self._truncated(self.datasets[dataset][example])
+                for dataset, example in zip(dataset_ids.tolist(), example_ids.tolist(), strict=True)
+            ]
+        except IndexError as error:
+            raise DatasetError(
+                f"row {row} of the packing index names an example that there is not ({error}): the index was altered "
+                "after it was verified. Remove its directory and run `xmtf pack CONFIG` again."
+            ) from error
         return _build_row(
             examples,
             dataset_ids=dataset_ids,

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from megatron_xmtf.data.packing import pack_dataset, pack_mixture
+from megatron_xmtf.data.packing_index import PackingIndex
 from megatron_xmtf.data.rows import PackedRows, empty_row, pack_examples
 from megatron_xmtf.errors import DatasetError
 from tests.data.memory_dataset import MemoryDataset, dataset_of_lengths, random_dataset
@@ -63,6 +64,25 @@ def test_an_index_of_other_data_is_refused():
         rows[0]
     with pytest.raises(IndexError):
         rows[len(rows)]
+
+
+@pytest.mark.parametrize(("ids", "dataset"), [([0, 3], 0), ([0, 1], 1)])
+def test_an_index_altered_after_its_verification_is_an_error_of_the_data(ids, dataset):
+    index = PackingIndex(
+        row_offsets=np.array([0, 1, 2]),
+        dataset_ids=np.array([0, dataset], np.uint16),
+        example_ids=np.array(ids, np.uint32),
+        sequence_length=7,
+        long_examples="drop",
+        statistics={"rows": 2, "datasets": [{"name": "a"}]},
+        key="",
+        key_inputs={},
+        required_examples=[1],
+    )
+    rows = PackedRows([MemoryDataset("a", PAIRS)], index, pad_id=0)
+    assert rows[0].example_ids.tolist() == [0]
+    with pytest.raises(DatasetError, match="row 1 of the packing index names an example that there is not"):
+        rows[1]
 
 
 def test_examples_are_packed_in_memory():
