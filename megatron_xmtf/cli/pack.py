@@ -65,18 +65,23 @@ def _pack_run(arguments: argparse.Namespace) -> dict[str, Any]:
     config = load_config(path, overrides)
     directory = index_directory(config)
     index = build_packing_index(
-        open_datasets(config.data.train),
+        open_datasets(config.data.training_datasets),
         data=config.data,
         sequence_length=config.batch.sequence_length,
         rows_needed=config.train_steps * config.batch.global_batch_size,
         seed=config.seed,
         directory=directory,
     )
+    entries = config.data.validation_datasets
     validation = [
         pack_dataset(
-            dataset, sequence_length=config.batch.sequence_length, long_examples=config.data.long_examples
+            dataset,
+            entry=entry,
+            split_seed=config.data.split_seed,
+            sequence_length=config.batch.sequence_length,
+            long_examples=config.data.long_examples,
         ).statistics
-        for dataset in open_datasets(config.data.validation)
+        for entry, dataset in zip(entries, open_datasets(entries), strict=True)
     ]
     return {**_describe(index), "index": str(index_path(directory, index.key)), "validation": validation}
 

@@ -1,6 +1,7 @@
 """The run configuration: a frozen schema, read from YAML with dotted overrides."""
 
-from megatron_xmtf.config.load import config_from_mapping, load_config, load_yaml, write_config
+from megatron_xmtf.config.load import config_from_mapping, load_config, load_mixture, load_yaml, write_config
+from megatron_xmtf.config.mixture import MixtureConfig, MixtureEntry, PinchConfig, SelectionConfig
 from megatron_xmtf.config.schema import (
     BatchConfig,
     CheckpointConfig,
@@ -26,13 +27,18 @@ __all__ = [
     "KernelsConfig",
     "LoggingConfig",
     "LossConfig",
+    "MixtureConfig",
+    "MixtureEntry",
     "OptimizerConfig",
     "ParallelConfig",
+    "PinchConfig",
     "RecomputeConfig",
     "RunConfig",
     "ScheduleConfig",
+    "SelectionConfig",
     "config_from_mapping",
     "load_config",
+    "load_mixture",
     "load_yaml",
     "write_config",
 ]

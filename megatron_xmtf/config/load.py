@@ -17,10 +17,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_xmtf.config.schema import RunConfig
-from megatron_xmtf.errors import ConfigError, nearest_names
+from megatron_xmtf.config.weight_file import parse_weight_file
+from megatron_xmtf.errors import ConfigError, MissingError, nearest_names
 from megatron_xmtf.files import atomic_write, require_file
 
-__all__ = ["config_from_mapping", "load_config", "load_yaml", "write_config"]
+__all__ = ["config_from_mapping", "load_config", "load_mixture", "load_yaml", "write_config"]
+
+SHIPPED_MIXTURES = Path(__file__).parent / "mixtures"
 
 MAX_YAML_BYTES = 4 << 20
 """Larger configuration files are refused: none is legitimate, and YAML aliases multiply."""
@@ -88,7 +91,66 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} {found}; a configuration is a mapping of keys.")
     for override in overrides:
         _apply_override(values, override)
+    data = values.get("data")
+    if isinstance(data, dict):
+        values["data"] = _expand_mixture(data)
     return config_from_mapping(values, RunConfig, source=str(path))
+
+
+def load_mixture(name: str, *, keep_directories: bool = True) -> dict[str, Any]:
+    """Read the keys of a mixture: a YAML file, the name of a shipped one, or a weight file of the reference (.txt).
+
+    Args:    keep_directories: of a weight file's paths; False keeps the last part only.
+    Raises:  MissingError: neither a file nor a shipped mixture. ConfigError: not a mixture.
+    """
+    path = Path(name)
+    if not path.is_file():
+        shipped = {file.stem: file for file in sorted(SHIPPED_MIXTURES.glob("*.yaml"))}
+        if name not in shipped:
+            raise MissingError(
+                f"data.mixture={name!r} is neither a file nor a shipped mixture ({', '.join(shipped)}); "
+                f"{nearest_names(name, shipped)}."
+            )
+        path = shipped[name]
+    if path.suffix == ".txt":
+        return {"name": path.stem, "entries": _read_weights(path, keep_directories=keep_directories)}
+    values = load_yaml(path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no mixture; a mixture is a mapping of keys, with `entries` among them.")
+    return values
+
+
+def _expand_mixture(data: dict[str, Any]) -> dict[str, Any]:
+    """Replace the names of files in `data.mixture` and `data.validation` by what the files hold."""
+    data, root = dict(data), data.get("mixture_root")
+    if isinstance(data.get("mixture"), str):
+        data["mixture"] = load_mixture(data["mixture"], keep_directories=root is None)
+    if isinstance(data.get("mixture"), dict) and root is not None:
+        data["mixture"] = {**data["mixture"], "root": root}
+    if isinstance(data.get("validation"), str):
+        groups = _read_groups(require_file(data["validation"]), keep_directories=root is None)
+        data["validation"] = [
+            {"prefix": entry["prefix"] if root is None else str(Path(root) / entry["prefix"]), "split": entry["split"]}
+            for entries in groups.values()
+            for entry in entries
+        ]
+    return data
+
+
+def _read_weights(path: Path, *, keep_directories: bool) -> list[dict[str, Any]]:
+    """Read the entries of a weight file's only group."""
+    groups = _read_groups(path, keep_directories=keep_directories)
+    if len(groups) > 1:
+        raise ConfigError(f"{path} holds the groups {', '.join(groups)}; a mixture is one: give it a file of its own.")
+    return next(iter(groups.values()))
+
+
+def _read_groups(path: Path, *, keep_directories: bool) -> dict[str, list[dict[str, Any]]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: byte {error.start} cannot be decoded.") from error
+    return parse_weight_file(text, source=str(path), keep_directories=keep_directories)
 
 
 def config_from_mapping(values: Mapping[str, Any], schema: type[Model], *, source: str) -> Model:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from megatron_xmtf.config.mixture import MixtureConfig, MixtureEntry, SelectionConfig, check_weights
+from megatron_xmtf.config.section import Fraction, PositiveInt, Section
 
 __all__ = [
     "BatchConfig",
@@ -26,16 +29,9 @@ __all__ = [
     "ScheduleConfig",
 ]
 
-PositiveInt = Annotated[int, Field(ge=1, strict=True)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class DatasetConfig(_Section):
-    """One indexed dataset of the mixture."""
+class DatasetConfig(SelectionConfig):
+    """One indexed dataset, or a part of it."""
 
     prefix: str
     """Path prefix of the indexed files: `<prefix>_inputs_document.idx` or `<prefix>_text_document.idx`."""
@@ -45,13 +41,23 @@ class DatasetConfig(_Section):
     """Relative number of examples drawn from this dataset. None for all: each example once an epoch."""
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which examples are read, and how they are packed into rows."""
 
-    train: list[DatasetConfig] = Field(min_length=1)
-    """Datasets of the training mixture. Weights are given for all of them or for none."""
+    train: list[DatasetConfig] = []
+    """Datasets of a plain training mixture. Weights are given for all of them or for none. This or `mixture`."""
+    mixture: MixtureConfig | None = None
+    """A full mixture: its keys, or a YAML file of them, or the name of one that is shipped (xp3, flan2022 ...), or a
+    weight file of the reference ("train: 0.39 0:0.95 /path/xp3_en, ...")."""
+    mixture_root: str | None = None
+    """Directory that the mixture's prefixes are relative to, whatever it says; a weight file's paths keep their last
+    part only."""
     validation: list[DatasetConfig] = []
-    """Datasets whose loss is measured every `evaluation.interval` steps; never trained on."""
+    """Datasets whose loss is measured every `evaluation.interval` steps; never trained on. A weight file is read as
+    well. Default: what the mixture's `validation` holds out, dataset by dataset."""
+    split_seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Decides which documents an interval (`split: "0:0.95"`) and a `max_examples` choose. Apart from `seed`, so that
+    runs that differ in their seed hold out the same documents."""
     long_examples: Literal["drop", "truncate_inputs_left", "truncate_inputs_right", "error"] = "drop"
     """What happens to an example longer than a row; always counted. drop: BLOOMZ."""
     index_directory: str | None = None
@@ -60,18 +66,37 @@ class DataConfig(_Section):
     """Build a missing packing index before training. False: a missing index is an error (run `xmtf pack`)."""
 
     @model_validator(mode="after")
-    def _weights_for_all_or_none(self) -> DataConfig:
-        given = [entry.weight is not None for entry in self.train]
-        if any(given) and not all(given):
-            missing = [entry.prefix for entry in self.train if entry.weight is None]
-            raise ValueError(
-                f"{sum(given)} of {len(given)} datasets have a weight; give a weight to all or to none "
-                f"(missing: {', '.join(missing[:3])})"
-            )
+    def _one_mixture(self) -> DataConfig:
+        if (self.mixture is None) == (not self.train):
+            raise ValueError("give exactly one of `train` (a list of datasets) and `mixture`")
+        check_weights(_entries(self.train), "train")
         return self
 
+    @property
+    def training_mixture(self) -> MixtureConfig:
+        """The mixture that is trained on; a plain list of datasets is one too."""
+        return self.mixture or MixtureConfig(entries=_entries(self.train))
 
-class ParallelConfig(_Section):
+    @property
+    def training_datasets(self) -> list[DatasetConfig]:
+        """Every dataset of the training mixture once, in the order of its first appearance."""
+        mixture = self.training_mixture
+        names = mixture.dataset_names()
+        return [DatasetConfig(prefix=mixture.path(prefix), name=name) for prefix, name in names.items()]
+
+    @property
+    def validation_datasets(self) -> list[DatasetConfig]:
+        """The validation datasets: those named, or what the mixture holds out."""
+        if self.validation or self.mixture is None or self.mixture.validation is None:
+            return self.validation
+        return [entry.model_copy(update={"split": self.mixture.validation}) for entry in self.training_datasets]
+
+
+def _entries(train: list[DatasetConfig]) -> list[MixtureEntry]:
+    return [MixtureEntry(**entry.model_dump()) for entry in train]
+
+
+class ParallelConfig(Section):
     """How the model is split over ranks; the data-parallel size follows from the world size."""
 
     tensor_model_parallel_size: PositiveInt = 1
@@ -92,7 +117,7 @@ class ParallelConfig(_Section):
     """A collective that waits longer than this ends the run."""
 
 
-class BatchConfig(_Section):
+class BatchConfig(Section):
     """Sizes of batches, in packed rows."""
 
     micro_batch_size: PositiveInt = 1
@@ -103,7 +128,7 @@ class BatchConfig(_Section):
     """Tokens of a row that the model reads; a row holds one more, the label of the last. 2048: BLOOMZ."""
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """AdamW; norms and biases are not decayed."""
 
     lr: Annotated[float, Field(gt=0)] = 2e-5
@@ -120,7 +145,7 @@ class OptimizerConfig(_Section):
     """Largest global gradient norm; 0 turns clipping off. 1.0: BLOOMZ."""
 
 
-class ScheduleConfig(_Section):
+class ScheduleConfig(Section):
     """How long to train and how the learning rate moves, in optimizer steps."""
 
     train_steps: PositiveInt | None = None
@@ -141,7 +166,7 @@ class ScheduleConfig(_Section):
         return self
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """Cross-entropy over targets."""
 
     normalization: Literal["target_token", "target_sequence", "target_sequence_per_micro_batch"] = "target_sequence"
@@ -152,7 +177,7 @@ class LossConfig(_Section):
     """
 
 
-class RecomputeConfig(_Section):
+class RecomputeConfig(Section):
     """Which activations are computed again in the backward pass to save memory."""
 
     granularity: Literal["none", "selective", "full"] = "none"
@@ -163,14 +188,14 @@ class RecomputeConfig(_Section):
     """For full: layers per group (uniform) or per stage (block)."""
 
 
-class KernelsConfig(_Section):
+class KernelsConfig(Section):
     """Which implementation of each operation runs; decided once at start and printed."""
 
     attention: Literal["auto", "reference", "sdpa"] = "auto"
     """Packed ALiBi attention. auto: sdpa in fp32, reference in half precision."""
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When checkpoints are written and which one a run starts from."""
 
     save_interval: PositiveInt | None = None
@@ -186,7 +211,7 @@ class CheckpointConfig(_Section):
     none: start from `model`, and refuse an `output` that already holds checkpoints."""
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """Validation loss while training, and the tasks that `xmtf evaluate CONFIG` runs."""
 
     interval: PositiveInt | None = None
@@ -197,14 +222,14 @@ class EvaluationConfig(_Section):
     """Task files for `xmtf evaluate CONFIG`."""
 
 
-class LoggingConfig(_Section):
+class LoggingConfig(Section):
     """What is printed while training."""
 
     log_interval: PositiveInt = 1
     """Steps between printed lines; `metrics.jsonl` has every step."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """One training run."""
 
     model: str
@@ -245,7 +270,7 @@ class RunConfig(_Section):
                 "parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true and "
                 "parallel.use_distributed_optimizer=true"
             )
-        if self.evaluation.interval is not None and not self.data.validation:
+        if self.evaluation.interval is not None and not self.data.validation_datasets:
             raise ValueError("evaluation.interval is set, but data.validation names no dataset to measure")
         if schedule.train_rows is not None and schedule.train_rows % batch.global_batch_size:
             raise ValueError(

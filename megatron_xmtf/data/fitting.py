@@ -11,15 +11,14 @@ Whatever the policy, what is left out or cut is counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xmtf.data.example_dataset import ExampleDataset
-from megatron_xmtf.errors import ConfigError, DatasetError
+from megatron_xmtf.errors import DatasetError
 
 __all__ = ["FittingExamples", "LongExamples", "fit_examples", "require_examples"]
 
@@ -30,18 +29,36 @@ LongExamples = Literal["drop", "truncate_inputs_left", "truncate_inputs_right", 
 class FittingExamples:
     """The examples of one dataset that can be in a row."""
 
-    ids: NDArray[np.int64]
-    lengths: NDArray[np.int32]
-    """Tokens in the row, after truncation."""
-    target_tokens: NDArray[np.int32]
-    """Labels that the loss is taken over."""
+    ids: NDArray[np.integer]
+    """Ascending; uint32 where that suffices: there may be hundreds of millions."""
+    lengths: NDArray[np.integer]
+    """Tokens in the row, after truncation; uint16 where that suffices."""
+    target_tokens: NDArray[np.integer]
+    """Labels that the loss is taken over; the same type."""
     dropped: int
     truncated: int
     empty: int
 
+    def __len__(self) -> int:
+        return len(self.ids)
 
-def fit_examples(dataset: ExampleDataset, *, sequence_length: int, long_examples: LongExamples) -> FittingExamples:
+    def only(self, chosen: NDArray[np.bool_] | NDArray[np.integer]) -> FittingExamples:
+        """Return some of these examples; the counts of what is left out stay those of all."""
+        return replace(
+            self, ids=self.ids[chosen], lengths=self.lengths[chosen], target_tokens=self.target_tokens[chosen]
+        )
+
+
+def fit_examples(
+    dataset: ExampleDataset,
+    *,
+    sequence_length: int,
+    long_examples: LongExamples,
+    chosen: NDArray[np.bool_] | None = None,
+) -> FittingExamples:
     """Apply the policy for long examples; an example without target tokens is left out and counted as empty.
+
+    Args:    chosen: bool [examples], those that are looked at; None: all.
 
     Truncation keeps the whole target and at least one token of the inputs, so that every target token is predicted;
     an example whose target leaves no room for that is dropped, as is a text that is too long.
@@ -50,26 +67,30 @@ def fit_examples(dataset: ExampleDataset, *, sequence_length: int, long_examples
     inputs, targets = np.asarray(dataset.input_lengths), np.asarray(dataset.target_lengths)
     lengths = inputs.astype(np.int64) + targets
     has_target, fits = targets > 0, lengths <= capacity
-    if long_examples == "error" and not np.all(fits):
-        _raise_too_long(dataset, lengths, sequence_length=sequence_length)
-    cut = has_target & ~fits & (inputs > 0) & (targets < capacity)
+    looked_at = np.ones(len(lengths), np.bool_) if chosen is None else chosen
+    if long_examples == "error" and not np.all(fits[looked_at]):
+        _raise_too_long(dataset, lengths, looked_at, sequence_length=sequence_length)
+    cut = has_target & ~fits & (inputs > 0) & (targets < capacity) & looked_at
     if not long_examples.startswith("truncate"):
         cut = np.zeros_like(cut)
-    ids = np.flatnonzero(has_target & (fits | cut))
+    ids = np.flatnonzero(has_target & looked_at & (fits | cut))
     # The first token of a row's segment has nothing before it that could predict it.
     predicted = targets - (inputs == 0)
+    small = np.min_scalar_type(capacity)
     return FittingExamples(
-        ids=ids,
-        lengths=np.minimum(lengths[ids], capacity).astype(np.int32),
-        target_tokens=predicted[ids].astype(np.int32),
-        dropped=int(np.count_nonzero(has_target & ~fits & ~cut)),
+        ids=ids.astype(np.uint32 if len(lengths) <= np.iinfo(np.uint32).max else np.int64),
+        lengths=np.minimum(lengths[ids], capacity).astype(small),
+        target_tokens=predicted[ids].astype(small),
+        dropped=int(np.count_nonzero(has_target & looked_at & ~fits & ~cut)),
         truncated=int(np.count_nonzero(cut)),
-        empty=int(np.count_nonzero(~has_target)),
+        empty=int(np.count_nonzero(looked_at & ~has_target)),
     )
 
 
-def _raise_too_long(dataset: ExampleDataset, lengths: NDArray[np.int64], *, sequence_length: int) -> None:
-    too_long = np.flatnonzero(lengths > sequence_length + 1)
+def _raise_too_long(
+    dataset: ExampleDataset, lengths: NDArray[np.int64], looked_at: NDArray[np.bool_], *, sequence_length: int
+) -> None:
+    too_long = np.flatnonzero((lengths > sequence_length + 1) & looked_at)
     first = int(too_long[0])
     inputs, targets = int(dataset.input_lengths[first]), int(dataset.target_lengths[first])
     raise DatasetError(
@@ -80,26 +101,11 @@ def _raise_too_long(dataset: ExampleDataset, lengths: NDArray[np.int64], *, sequ
     )
 
 
-def require_examples(
-    datasets: Sequence[ExampleDataset],
-    fitting: Sequence[FittingExamples],
-    *,
-    weights: Sequence[float] | None,
-    sequence_length: int,
-) -> None:
-    """Refuse a mixture that could never fill a row, and a share of a dataset that has nothing to give."""
-    if len(datasets) > np.iinfo(np.uint16).max:
-        raise ConfigError(f"{len(datasets)} datasets in one mixture; at most 65535 can be indexed. Merge some.")
-    remedy = "Raise sequence_length, set long_examples to truncate_inputs_left, or take other data."
-    for dataset, examples in zip(datasets, fitting, strict=True):
-        if not len(examples.ids) and (weights is not None or len(datasets) == 1):
-            raise DatasetError(
-                f"dataset {dataset.name!r} ({dataset.prefix}) has no example for a row of {sequence_length + 1} tokens "
-                f"(sequence_length + 1): {len(dataset)} examples, {examples.dropped} too long, {examples.empty} "
-                f"without target. {remedy}"
-            )
-    if not any(len(examples.ids) for examples in fitting):
+def require_examples(dataset: ExampleDataset, examples: FittingExamples, *, sequence_length: int) -> None:
+    """Refuse a part of a mixture that has nothing to give."""
+    if not len(examples):
         raise DatasetError(
-            f"none of the {sum(len(dataset) for dataset in datasets)} examples of {len(datasets)} datasets fits a row "
-            f"of {sequence_length + 1} tokens (sequence_length + 1). {remedy}"
+            f"dataset {dataset.name!r} ({dataset.prefix}) has no example for a row of {sequence_length + 1} tokens "
+            f"(sequence_length + 1): {len(dataset)} examples, {examples.dropped} too long, {examples.empty} "
+            "without target. Raise sequence_length, set long_examples to truncate_inputs_left, or take other data."
         )

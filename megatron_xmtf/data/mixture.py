@@ -1,42 +1,46 @@
-"""Which examples of which dataset an epoch holds.
+"""Which examples of which dataset a run draws, pass after pass over its mixture.
 
-    examples held   weights   an epoch of 10 holds        drawn from
-    A: 6            none      all 6                       every example once an epoch
-    B: 4            none      all 4
-    A: 6            1         10 * 1/4 = 2.5 -> 3         half of A an epoch, and nothing twice in two epochs
-    B: 4            3         10 * 3/4 = 7.5 -> 7         B once and 3 of it again: 3 repeats
+    component   examples   part     a pass of 10 draws    from
+    A           6          none     all 6                 every example once a pass
+    B           4          none     all 4
+    A           6          1/4      10 * 1/4 = 2.5 -> 3   half of A, and nothing twice in two passes
+    B           4          3/4      10 * 3/4 = 7.5 -> 7   B once and 3 of it again: 3 repeats
 
-Shares are rounded by largest remainder, so that an epoch has exactly as many examples as the datasets hold together.
-Each dataset is read in passes, every pass a new random order, and each epoch goes on where the one before it stopped:
-over the whole run no example is drawn twice more often than another of its dataset.
+Parts are rounded by largest remainder. Each component is read round after round, every round in a new random order,
+and a pass goes on where the one before it stopped: over the run no example of a component is drawn twice more often
+than another. The parts themselves are `shares.py`, what is read at all is `selection.py`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from fractions import Fraction
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_xmtf.config.mixture import Unit
 from megatron_xmtf.config.schema import DatasetConfig
 from megatron_xmtf.data.example_dataset import ExampleDataset
+from megatron_xmtf.data.fitting import FittingExamples
+from megatron_xmtf.data.shares import Floor, ShareNode, pass_quotas, share_counts, wanted_shares
 from megatron_xmtf.data.tokenizer import Tokenizer
 from megatron_xmtf.errors import ConfigError
 
-__all__ = ["epoch_examples", "open_datasets", "share_counts"]
+__all__ = ["Component", "Mixture", "MixtureDraws", "open_datasets"]
 
-PASS_STREAM = 1
-"""Keeps the random numbers of passes apart from those of packing, which start from the same seed."""
+ROUND_STREAM = 1
+"""Keeps the random numbers of rounds apart from those of packing, which start from the same seed."""
 
 
 def open_datasets(
     entries: Sequence[DatasetConfig], *, tokenizer: Tokenizer | None = None, vocab_size: int | None = None
 ) -> list[ExampleDataset]:
-    """Open the datasets of a mixture, in its order, each under its own name.
+    """Open datasets in their order, each under its own name.
 
-    Args:    entries: `data.train` or `data.validation`. tokenizer, vocab_size: checked against each dataset if given.
+    Args:    entries: `data.training_datasets` or `data.validation_datasets`. tokenizer, vocab_size: checked against
+             each dataset if given.
     Raises:  ConfigError: two datasets of one name. DatasetError, TokenizerError: as `ExampleDataset.open`.
     """
     datasets = [
@@ -53,52 +57,111 @@ def open_datasets(
     return datasets
 
 
-def share_counts(total: int, weights: Sequence[float]) -> list[int]:
-    """Divide `total` examples in proportion to `weights`, exactly, by largest remainder.
+@dataclass(frozen=True)
+class Component:
+    """Examples of one dataset that have a part of the mixture together."""
 
-    >>> share_counts(10, [1, 3])
-    [3, 7]
+    name: str
+    """Path in the mixture, as "qa/squad" or "topics[sw]"."""
+    dataset: int
+    """Position of the dataset."""
+    examples: FittingExamples
+    unit_size: float
+    """Mean size of an example in the mixture's unit: 1, its tokens, or its target tokens."""
+    max_epochs: float | None = None
+    fixed: bool = False
+    """Drawn whole in every pass, beside the shares: the examples of a pinch."""
+
+    @property
+    def allowance(self) -> float:
+        """Draws over the whole run; infinite without `max_epochs`."""
+        if not len(self.examples):
+            return 0.0
+        return np.inf if self.max_epochs is None else float(int(self.max_epochs * len(self.examples)))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Components with their shares; built by `build_mixture`."""
+
+    components: list[Component]
+    """Those with shares in the order of the tree's leaves, then the fixed ones."""
+    root: ShareNode
+    floors: list[Floor]
+    unit: Unit
+
+    @property
+    def shared(self) -> list[Component]:
+        """The components that have a share."""
+        return [component for component in self.components if not component.fixed]
+
+    def wanted_shares(self) -> list[float]:
+        """Return the part that each component should have of what a pass draws, in the mixture's unit."""
+        fixed = sum(len(one.examples) * one.unit_size for one in self.components if one.fixed)
+        whole = self.root.counted_size() + fixed
+        shares = (wanted_shares(self.root, self.floors) * (1 - fixed / whole)).tolist()
+        return shares + [len(one.examples) * one.unit_size / whole for one in self.components if one.fixed]
+
+    def raised_by_floors(self) -> list[bool]:
+        """Tell which components have more than their rate, because of a floor."""
+        with_floors, without = wanted_shares(self.root, self.floors), wanted_shares(self.root)
+        return (with_floors > without * (1 + 1e-6)).tolist() + [False] * (len(self.components) - len(with_floors))
+
+
+class MixtureDraws:
+    """Draws pass after pass.
+
+    Args:    seed: decides the order in which each component's examples are drawn.
     """
-    exact = [Fraction(weight) for weight in weights]
-    shares = [total * weight / sum(exact) for weight in exact]
-    counts = [int(share) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i], i))
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
-    return counts
 
+    def __init__(self, mixture: Mixture, *, seed: int) -> None:
+        self.mixture, self.seed = mixture, seed
+        self.drawn = [0] * len(mixture.components)
+        """Draws of each component so far."""
 
-def epoch_examples(
-    sizes: Sequence[int], *, weights: Sequence[float] | None, seed: int, epoch: int
-) -> list[NDArray[np.int64]]:
-    """Choose the examples of one epoch.
+    def next_pass(self) -> list[NDArray[np.int64]] | None:
+        """Return the positions drawn of each component's examples, int64; None when `max_epochs` allows no more."""
+        counts = self._next_counts()
+        if counts is None:
+            return None
+        chosen = [
+            _window(len(component.examples), first=first, count=count, seed=(self.seed, ROUND_STREAM, number))
+            for number, (component, first, count) in enumerate(
+                zip(self.mixture.components, self.drawn, counts, strict=True)
+            )
+        ]
+        self.drawn = [before + count for before, count in zip(self.drawn, counts, strict=True)]
+        return chosen
 
-    Args:    sizes: examples that each dataset holds. weights: relative number of examples drawn from each, > 0;
-             None: every example once. seed, epoch: integers from 0.
-             With weights every size is at least 1.
-    Returns: for each dataset the positions drawn (int64, 0..size-1), ascending within a pass.
-    """
-    if weights is None:
-        return [np.arange(size, dtype=np.int64) for size in sizes]
-    assert all(sizes), f"a dataset with a weight needs an example to draw; the datasets hold {list(sizes)}"
-    shares = share_counts(sum(sizes), weights)
-    return [
-        _window(size, first=epoch * share, count=share, seed=(seed, PASS_STREAM, number))
-        for number, (size, share) in enumerate(zip(sizes, shares, strict=True))
-    ]
+    def _next_counts(self) -> list[int] | None:
+        shared = self.mixture.shared
+        sizes = np.array([component.unit_size for component in shared])
+        allowances = np.array([component.allowance for component in shared])
+        left = allowances - self.drawn[: len(shared)]
+        examples = pass_quotas(self.mixture.root, left * sizes, self.mixture.floors) / sizes
+        total = round(float(examples.sum()))
+        if total == 0:
+            return None
+        counts = [
+            int(min(count, most))
+            for count, most in zip(share_counts(total, examples.tolist()), left.tolist(), strict=True)
+        ]
+        return counts + [len(component.examples) for component in self.mixture.components if component.fixed]
 
 
 def _window(size: int, *, first: int, count: int, seed: tuple[int, ...]) -> NDArray[np.int64]:
-    """Return draws first..first+count-1 of a dataset that is read pass after pass, each in a new random order."""
+    """Return draws first..first+count-1 of examples that are read round after round, each in a new random order."""
     parts = [np.zeros(0, np.int64)]
     end = first + count
     while first < end:
         number, begin = divmod(first, size)
+        whole_rounds = (end - first) // size if begin == 0 else 0
+        if whole_rounds:
+            parts.append(np.tile(np.arange(size, dtype=np.int64), whole_rounds))
+            first += whole_rounds * size
+            continue
         stop = min(size, begin + end - first)
-        if stop - begin == size:
-            parts.append(np.arange(size, dtype=np.int64))
-        else:
-            drawn = np.random.default_rng((*seed, number)).permutation(size)[begin:stop]
-            parts.append(np.sort(drawn))
+        drawn = np.random.default_rng((*seed, number)).permutation(size)[begin:stop]
+        parts.append(np.sort(drawn))
         first += stop - begin
     return np.concatenate(parts)

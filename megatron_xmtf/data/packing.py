@@ -1,49 +1,53 @@
 """Build the packing index of a run: mixture and lengths in, rows in training order out.
 
-    datasets --lengths, policy for long ones--> examples that fit
-             --mixture, epoch by epoch-->       examples drawn
-             --best fit-->                      rows, until there are enough for the run
+    datasets --select, fit-->         components with their shares       build_mixture.py, shares.py
+             --pass by pass-->        examples drawn                     mixture.py
+             --best fit-->            rows, until there are enough       best_fit.py
 
-An epoch is packed by itself and follows the one before it, so a longer run has the rows of a shorter one first.
+A pass is packed by itself and follows the one before it, so a longer run has the rows of a shorter one first.
 The index is stored under its key, the hash of everything that changes it: a run never reads rows of other data.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xmtf.config.schema import DataConfig, RunConfig
-from megatron_xmtf.data.best_fit import ALGORITHM_VERSION, pack_lengths
+from megatron_xmtf.config.mixture import MixtureConfig, MixtureEntry
+from megatron_xmtf.config.schema import DataConfig, DatasetConfig, RunConfig
+from megatron_xmtf.data.best_fit import gather, number_type, pack_lengths
+from megatron_xmtf.data.build_mixture import build_mixture
 from megatron_xmtf.data.example_dataset import ExampleDataset
-from megatron_xmtf.data.fitting import FittingExamples, LongExamples, fit_examples, require_examples
-from megatron_xmtf.data.mixture import epoch_examples
-from megatron_xmtf.data.packing_index import DatasetStatistics, PackingIndex, PackingStatistics
-from megatron_xmtf.errors import DatasetError
-from megatron_xmtf.files import sha256_json
+from megatron_xmtf.data.fitting import LongExamples, fit_examples, require_examples
+from megatron_xmtf.data.mixture import Mixture, MixtureDraws
+from megatron_xmtf.data.packing_index import PackingIndex
+from megatron_xmtf.data.packing_key import packing_key
+from megatron_xmtf.data.packing_statistics import component_statistics, dataset_statistics, packing_statistics
+from megatron_xmtf.data.selection import select_examples
+from megatron_xmtf.errors import ConfigError, DatasetError
 from megatron_xmtf.progress import Progress
 
+if TYPE_CHECKING:
+    from megatron_xmtf.data.guards import GuardFlags
+
 __all__ = [
-    "LongExamples",
-    "PackingIndex",
     "build_packing_index",
     "index_directory",
     "index_path",
-    "mixture_weights",
     "open_packing_index",
     "pack_dataset",
-    "pack_lengths",
     "pack_mixture",
     "packing_key",
 ]
 
 PACKING_STREAM = 2
 """Keeps the random numbers of packing apart from those of the mixture, which start from the same seed."""
+BLOCK = 1 << 20
+"""Segments counted at a time."""
 
 
 def index_directory(config: RunConfig) -> Path:
@@ -51,66 +55,9 @@ def index_directory(config: RunConfig) -> Path:
     return Path(config.data.index_directory or Path(config.output) / "packing")
 
 
-def mixture_weights(data: DataConfig) -> list[float] | None:
-    """Return the weight of each training dataset, None where all examples are read (the schema wants all or none)."""
-    return [entry.weight for entry in data.train if entry.weight is not None] or None
-
-
-def packing_key(
-    datasets: Sequence[ExampleDataset],
-    *,
-    weights: Sequence[float] | None,
-    sequence_length: int,
-    long_examples: LongExamples,
-    seed: int,
-    rows_needed: int,
-) -> tuple[str, dict[str, Any]]:
-    """Hash everything that changes a packing index.
-
-    Returns: (SHA-256 in hexadecimal, what was hashed). A dataset counts by its manifest's content, or without
-             one by its sizes; never by its path, so that moved data keep their index.
-    """
-    inputs = {
-        "algorithm_version": ALGORITHM_VERSION,
-        "datasets": [
-            {"name": dataset.name, "kind": dataset.kind, "sha256": _dataset_hash(dataset)} for dataset in datasets
-        ],
-        "weights": None if weights is None else [float(weight) for weight in weights],
-        "sequence_length": sequence_length,
-        "long_examples": long_examples,
-        "seed": seed,
-        "rows_needed": rows_needed,
-    }
-    return sha256_json(inputs), inputs
-
-
-def _dataset_hash(dataset: ExampleDataset) -> str:
-    if dataset.manifest is not None:
-        return sha256_json(dataset.manifest)
-    digest = hashlib.sha256()
-    for lengths in (dataset.input_lengths, dataset.target_lengths):
-        digest.update(lengths.astype(np.int64).tobytes())
-    return digest.hexdigest()
-
-
 def index_path(directory: Path | str, key: str) -> Path:
     """Return the directory of the index with this key; 16 of its 64 digits name it."""
     return Path(directory) / key[:16]
-
-
-def _key_of_run(
-    datasets: Sequence[ExampleDataset], *, data: DataConfig, sequence_length: int, rows_needed: int, seed: int
-) -> str:
-    """Return the key under which a run's index is kept."""
-    key, _ = packing_key(
-        datasets,
-        weights=mixture_weights(data),
-        sequence_length=sequence_length,
-        long_examples=data.long_examples,
-        seed=seed,
-        rows_needed=rows_needed,
-    )
-    return key
 
 
 def open_packing_index(
@@ -121,19 +68,31 @@ def open_packing_index(
     rows_needed: int,
     seed: int,
     directory: Path | str,
+    guards: GuardFlags | None = None,
+    verify: bool = True,
 ) -> PackingIndex:
     """Open the index that `build_packing_index` made for the same arguments.
 
+    Args:    verify: compare every hash; once a run is enough.
     Raises:  DatasetError: there is none, or it is damaged.
     """
-    key = _key_of_run(datasets, data=data, sequence_length=sequence_length, rows_needed=rows_needed, seed=seed)
+    key, _ = packing_key(
+        datasets,
+        mixture=data.training_mixture,
+        split_seed=data.split_seed,
+        sequence_length=sequence_length,
+        long_examples=data.long_examples,
+        seed=seed,
+        rows_needed=rows_needed,
+        guards=guards,
+    )
     path = index_path(directory, key)
     if not path.exists():
         raise DatasetError(
             f"there is no packing index {path} for this data, sequence_length={sequence_length}, seed={seed} and "
             f"{rows_needed} rows; run `xmtf pack CONFIG` with the same configuration."
         )
-    return PackingIndex.load(path, key=key)
+    return PackingIndex.load(path, key=key, verify=verify)
 
 
 def build_packing_index(
@@ -144,100 +103,193 @@ def build_packing_index(
     rows_needed: int,
     seed: int,
     directory: Path | str,
+    guards: GuardFlags | None = None,
+    verify: bool = True,
 ) -> PackingIndex:
     """Open the index of a run, building and storing it if it is not there.
 
     Any number of processes may build at once: the first to finish is kept, and all open that one.
 
-    Args:    datasets: those of `data.train`, in its order. rows_needed: rows of the whole run.
+    Args:    datasets: those of `data.training_datasets`, in its order. rows_needed: rows of the whole run.
              directory: where indexes are kept; this one is in a directory named by its key.
-    Raises:  DatasetError: no example fits a row, an example is too long under `long_examples: error`, or the
-             stored index is damaged. DiskFullError: no space.
+             guards: examples found to be duplicates or contaminated; what `data.guards` drops is not read.
+    Raises:  DatasetError: no example fits a row, an example is too long under `long_examples: error`, the mixture
+             runs out under its `max_epochs`, or the stored index is damaged. DiskFullError: no space.
     """
-    assert len(data.train) == len(datasets), f"{len(data.train)} entries in data.train, {len(datasets)} datasets"
-    key = _key_of_run(datasets, data=data, sequence_length=sequence_length, rows_needed=rows_needed, seed=seed)
+    key, _ = packing_key(
+        datasets,
+        mixture=data.training_mixture,
+        split_seed=data.split_seed,
+        sequence_length=sequence_length,
+        long_examples=data.long_examples,
+        seed=seed,
+        rows_needed=rows_needed,
+        guards=guards,
+    )
     path = index_path(directory, key)
     if not path.exists():
         index = pack_mixture(
             datasets,
-            weights=mixture_weights(data),
+            mixture=data.training_mixture,
+            split_seed=data.split_seed,
             sequence_length=sequence_length,
             long_examples=data.long_examples,
             rows_needed=rows_needed,
             seed=seed,
+            guards=guards,
         )
         index.save(path)
-    return PackingIndex.load(path, key=key)
+    return PackingIndex.load(path, key=key, verify=verify)
 
 
 def pack_mixture(
     datasets: Sequence[ExampleDataset],
     *,
-    weights: Sequence[float] | None = None,
+    mixture: MixtureConfig | None = None,
+    split_seed: int = 0,
     sequence_length: int,
     long_examples: LongExamples = "drop",
-    rows_needed: int = 1,
+    rows_needed: int | None = None,
     seed: int = 0,
+    guards: GuardFlags | None = None,
 ) -> PackingIndex:
-    """Pack epoch after epoch of a mixture until there are `rows_needed` rows; rows beyond that are kept.
+    """Pack pass after pass over a mixture until there are `rows_needed` rows; None: one pass, whole.
 
-    Raises:  DatasetError: as `build_packing_index`.
+    Args:    datasets: those of `mixture.prefixes()`. mixture: None reads every example once a pass.
+    Raises:  DatasetError, ConfigError: as `build_packing_index`.
     """
+    if mixture is None:
+        mixture = MixtureConfig(entries=[MixtureEntry(prefix=str(one.prefix), name=one.name) for one in datasets])
+    if len(datasets) > np.iinfo(np.uint16).max:
+        raise ConfigError(f"{len(datasets)} datasets in one mixture; at most 65535 can be indexed. Merge some.")
     key, key_inputs = packing_key(
         datasets,
-        weights=weights,
+        mixture=mixture,
+        split_seed=split_seed,
         sequence_length=sequence_length,
         long_examples=long_examples,
         seed=seed,
         rows_needed=rows_needed,
+        guards=guards,
     )
-    fitting = [
-        fit_examples(dataset, sequence_length=sequence_length, long_examples=long_examples) for dataset in datasets
-    ]
-    require_examples(datasets, fitting, weights=weights, sequence_length=sequence_length)
-    sizes = [len(examples.ids) for examples in fitting]
-    drawn = [np.zeros(size, np.int64) for size in sizes]  # times that each example is in the index
-    offsets, dataset_parts, example_parts = [np.zeros(1, np.int64)], [], []
-    rows = segments = epoch = 0
-    with Progress("pack", total=rows_needed, unit="rows") as progress:
-        while rows < rows_needed:
-            chosen = epoch_examples(sizes, weights=weights, seed=seed, epoch=epoch)
-            row_offsets, dataset_ids, example_ids = _pack_epoch(
-                fitting, chosen, capacity=sequence_length + 1, seed=(seed, PACKING_STREAM, epoch)
-            )
-            for times, positions in zip(drawn, chosen, strict=True):
-                times += np.bincount(positions, minlength=len(times))
-            offsets.append(row_offsets[1:] + segments)
-            dataset_parts.append(dataset_ids)
-            example_parts.append(example_ids)
-            rows, segments, epoch = rows + len(row_offsets) - 1, segments + len(example_ids), epoch + 1
-            progress.advance(len(row_offsets) - 1)
-    return PackingIndex(
-        row_offsets=np.concatenate(offsets),
-        dataset_ids=np.concatenate(dataset_parts),
-        example_ids=np.concatenate(example_parts),
+    drop = guards.settings.dropped() if guards is not None else ()
+    built = build_mixture(
+        datasets,
+        mixture,
         sequence_length=sequence_length,
         long_examples=long_examples,
-        statistics=_statistics(datasets, fitting, drawn, rows=rows, epochs=epoch, capacity=sequence_length + 1),
-        key=key,
-        key_inputs=key_inputs,
+        split_seed=split_seed,
+        excluded=[guards.excluded(number, drop=drop) for number in range(len(datasets))] if guards and drop else None,
+    )
+    rows = _Rows(built, datasets, capacity=sequence_length + 1)
+    draws = MixtureDraws(built, seed=seed)
+    with Progress("pack", total=rows_needed or 1, unit="rows") as progress:
+        while rows.count < (rows_needed or 1):
+            chosen = draws.next_pass()
+            if chosen is None:
+                raise _exhausted(built, draws, rows.count, rows_needed)
+            progress.advance(rows.pack(chosen, seed=(seed, PACKING_STREAM, rows.passes)))
+    return rows.index(
+        rows_needed, sequence_length=sequence_length, long_examples=long_examples, key=key, key_inputs=key_inputs
     )
 
 
-def _pack_epoch(
-    fitting: Sequence[FittingExamples], chosen: Sequence[NDArray[np.int64]], *, capacity: int, seed: tuple[int, ...]
-) -> tuple[NDArray[np.int64], NDArray[np.uint16], NDArray[np.int64]]:
-    """Pack one epoch. Returns (row_offsets [rows + 1], dataset_ids [segments], example_ids [segments])."""
-    lengths = np.concatenate([examples.lengths[at] for examples, at in zip(fitting, chosen, strict=True)])
-    row_offsets, order = pack_lengths(lengths, capacity=capacity, seed=seed)
-    dataset_ids = np.repeat(np.arange(len(chosen), dtype=np.uint16), [len(positions) for positions in chosen])
-    example_ids = np.concatenate([examples.ids[at] for examples, at in zip(fitting, chosen, strict=True)])
-    return row_offsets, dataset_ids[order], example_ids[order]
+def _exhausted(mixture: Mixture, draws: MixtureDraws, rows: int, rows_needed: int | None) -> DatasetError:
+    limits = sorted({one.max_epochs for one in mixture.components if one.max_epochs is not None})
+    return DatasetError(
+        f"the mixture is used up after {rows:,} rows ({sum(draws.drawn):,} examples), and the run needs "
+        f"{rows_needed:,}: max_epochs ({', '.join(f'{limit:g}' for limit in limits)}) allows no more draws. Shorten "
+        "the schedule, raise max_epochs, or add data."
+    )
+
+
+class _Rows:
+    """Rows packed so far; an example is known by its component and its number until the end."""
+
+    def __init__(self, mixture: Mixture, datasets: Sequence[ExampleDataset], *, capacity: int) -> None:
+        self.mixture, self.datasets, self.capacity = mixture, datasets, capacity
+        self.count = self.passes = 0
+        self._segments = 0
+        self._offsets: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
+        self._components: list[NDArray[np.integer]] = []
+        self._examples: list[NDArray[np.integer]] = []
+
+    def pack(self, chosen: Sequence[NDArray[np.integer]], *, seed: tuple[int, ...]) -> int:
+        """Pack one pass; return the number of its rows."""
+        parts = [one.examples for one in self.mixture.components]
+        lengths = np.concatenate([gather(part.lengths, at) for part, at in zip(parts, chosen, strict=True)])
+        row_offsets, order = pack_lengths(lengths, capacity=self.capacity, seed=seed)
+        del lengths
+        id_type = number_type(max(len(dataset) for dataset in self.datasets))
+        examples = np.concatenate(
+            [gather(part.ids, at).astype(id_type, copy=False) for part, at in zip(parts, chosen, strict=True)]
+        )
+        self._examples.append(gather(examples, order))
+        del examples
+        component_type = np.min_scalar_type(max(len(parts) - 1, np.iinfo(np.uint8).max + 1))
+        components = np.repeat(np.arange(len(parts), dtype=component_type), [len(at) for at in chosen])
+        self._components.append(gather(components, order))
+        self._offsets.append(row_offsets[1:] + self._segments)
+        self._segments += len(order)
+        self.passes += 1
+        self.count += len(row_offsets) - 1
+        return len(row_offsets) - 1
+
+    def index(
+        self, rows_needed: int | None, *, sequence_length: int, long_examples: str, key: str, key_inputs: dict[str, Any]
+    ) -> PackingIndex:
+        """Return the index of the first `rows_needed` rows, or of all."""
+        offsets = _joined(self._offsets)[: None if rows_needed is None else rows_needed + 1]
+        components = _joined(self._components)[: offsets[-1]]
+        example_ids = _joined(self._examples)[: offsets[-1]]
+        dataset_of = np.array([one.dataset for one in self.mixture.components], np.uint16)
+        dataset_ids = gather(dataset_of, components)
+        statistics = packing_statistics(
+            self._dataset_statistics(dataset_ids, example_ids),
+            self._component_statistics(components, example_ids),
+            rows=len(offsets) - 1,
+            epochs=self.passes,
+            capacity=self.capacity,
+        )
+        return PackingIndex(
+            row_offsets=offsets,
+            dataset_ids=dataset_ids,
+            example_ids=example_ids,
+            sequence_length=sequence_length,
+            long_examples=long_examples,
+            statistics=statistics,
+            key=key,
+            key_inputs=key_inputs,
+        )
+
+    def _dataset_statistics(self, dataset_ids: NDArray[np.uint16], example_ids: NDArray[np.integer]) -> list[Any]:
+        found = []
+        for number, dataset in enumerate(self.datasets):
+            parts = [one.examples for one in self.mixture.components if one.dataset == number]
+            drawn = example_ids if len(self.datasets) == 1 else example_ids[dataset_ids == number]
+            found.append(dataset_statistics(dataset, parts, drawn, capacity=self.capacity))
+        return found
+
+    def _component_statistics(self, components: NDArray[np.integer], example_ids: NDArray[np.integer]) -> list[Any]:
+        counts = np.zeros(len(self.mixture.components), np.int64)
+        for begin in range(0, len(components), BLOCK):
+            counts += np.bincount(components[begin : begin + BLOCK], minlength=len(counts))
+        sizes = [count * one.unit_size for count, one in zip(counts.tolist(), self.mixture.components, strict=True)]
+        return component_statistics(self.mixture, self.datasets, counts.tolist(), sizes)
+
+
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """Concatenate and empty the list, without a copy when there is one part."""
+    whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    parts.clear()
+    return whole
 
 
 def pack_dataset(
     dataset: ExampleDataset,
     *,
+    entry: DatasetConfig | None = None,
+    split_seed: int = 0,
     sequence_length: int,
     long_examples: LongExamples = "drop",
     rows: int | None = None,
@@ -246,71 +298,39 @@ def pack_dataset(
 
     A row is closed when the next example does not fit.
 
-    Args:    rows: rows wanted at most (the first examples); None: all examples.
+    Args:    entry: says which examples are read (`split`, `where`, `exclude`); None: all.
+             rows: rows wanted at most (the first examples); None: all examples.
     Raises:  DatasetError: no example fits a row, or one is too long under `error`.
     """
+    entry = entry or DatasetConfig(prefix=str(dataset.prefix), name=dataset.name)
+    mixture = MixtureConfig(entries=[MixtureEntry(**entry.model_dump())])
     key, key_inputs = packing_key(
-        [dataset], weights=None, sequence_length=sequence_length, long_examples=long_examples, seed=0, rows_needed=0
+        [dataset],
+        mixture=mixture,
+        split_seed=split_seed,
+        sequence_length=sequence_length,
+        long_examples=long_examples,
+        seed=0,
+        rows_needed=rows,
     )
-    fitting = fit_examples(dataset, sequence_length=sequence_length, long_examples=long_examples)
-    require_examples([dataset], [fitting], weights=None, sequence_length=sequence_length)
+    chosen = select_examples(dataset, [entry], split=entry.split, split_seed=split_seed)
+    fitting = fit_examples(dataset, sequence_length=sequence_length, long_examples=long_examples, chosen=chosen)
+    require_examples(dataset, fitting, sequence_length=sequence_length)
     ends = np.cumsum(fitting.lengths, dtype=np.int64)
     offsets = [0]
     while offsets[-1] < len(ends) and (rows is None or len(offsets) <= rows):
         begin = offsets[-1]
         used = int(ends[begin - 1]) if begin else 0
         offsets.append(int(np.searchsorted(ends, used + sequence_length + 1, side="right")))
-    count = offsets[-1]
-    drawn = (np.arange(len(ends)) < count).astype(np.int64)
-    statistics = _statistics(
-        [dataset], [fitting], [drawn], rows=len(offsets) - 1, epochs=1, capacity=sequence_length + 1
-    )
+    drawn = fitting.ids[: offsets[-1]]
+    each = [dataset_statistics(dataset, [fitting], drawn, capacity=sequence_length + 1)]
     return PackingIndex(
         row_offsets=np.array(offsets, np.int64),
-        dataset_ids=np.zeros(count, np.uint16),
-        example_ids=fitting.ids[:count],
+        dataset_ids=np.zeros(len(drawn), np.uint16),
+        example_ids=drawn,
         sequence_length=sequence_length,
         long_examples=long_examples,
-        statistics=statistics,
+        statistics=packing_statistics(each, [], rows=len(offsets) - 1, epochs=1, capacity=sequence_length + 1),
         key=key,
         key_inputs=key_inputs,
     )
-
-
-def _statistics(
-    datasets: Sequence[ExampleDataset],
-    fitting: Sequence[FittingExamples],
-    drawn: Sequence[NDArray[np.int64]],
-    *,
-    rows: int,
-    epochs: int,
-    capacity: int,
-) -> PackingStatistics:
-    each: list[DatasetStatistics] = [
-        {
-            "name": dataset.name,
-            "examples": int(times.sum()),
-            "repeats": int(times.sum() - np.count_nonzero(times)),
-            "epochs": float(times.mean()) if len(times) else 0.0,
-            "tokens": int(times @ examples.lengths),
-            "target_tokens": int(times @ examples.target_tokens),
-            "dropped": examples.dropped,
-            "truncated": examples.truncated,
-            "empty": examples.empty,
-        }
-        for dataset, examples, times in zip(datasets, fitting, drawn, strict=True)
-    ]
-    tokens = sum(entry["tokens"] for entry in each)
-    return {
-        "rows": rows,
-        "examples": sum(entry["examples"] for entry in each),
-        "repeats": sum(entry["repeats"] for entry in each),
-        "epochs": epochs,
-        "tokens": tokens,
-        "target_tokens": sum(entry["target_tokens"] for entry in each),
-        "fill_fraction": tokens / (rows * capacity),
-        "dropped": sum(entry["dropped"] for entry in each),
-        "truncated": sum(entry["truncated"] for entry in each),
-        "empty": sum(entry["empty"] for entry in each),
-        "datasets": each,
-    }

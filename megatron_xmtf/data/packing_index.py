@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from megatron_xmtf.errors import ConfigError, DatasetError
 from megatron_xmtf.files import atomic_directory, read_json, sha256_file, write_json
 
-__all__ = ["DatasetStatistics", "PackingIndex", "PackingStatistics"]
+__all__ = ["ComponentStatistics", "DatasetStatistics", "PackingIndex", "PackingStatistics"]
 
 FORMAT = "megatron_xmtf packing index"
 VERSION = 2
@@ -59,6 +59,24 @@ class DatasetStatistics(TypedDict):
     """Different examples left out because they have no target."""
 
 
+class ComponentStatistics(TypedDict):
+    """What an index holds of one component of the mixture."""
+
+    name: str
+    dataset: str
+    wanted_share: float
+    """Part of the whole that the mixture asks for, in its unit."""
+    share: float
+    """Part that it has."""
+    available: int
+    """Different examples that can be drawn."""
+    examples: int
+    """Segments in all rows."""
+    epochs: float
+    limited_by: str | None
+    """max_epochs: every draw allowed was made; floor: its part was raised; None: neither."""
+
+
 class PackingStatistics(TypedDict):
     """What an index holds; counts as in `DatasetStatistics`, summed."""
 
@@ -75,6 +93,7 @@ class PackingStatistics(TypedDict):
     truncated: int
     empty: int
     datasets: list[DatasetStatistics]
+    components: list[ComponentStatistics]
 
 
 @dataclass(frozen=True)

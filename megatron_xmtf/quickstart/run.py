@@ -164,7 +164,7 @@ class _Quickstart:
         config = config_from_mapping(values, RunConfig, source=f"the quickstart's {name}.yaml")
         write_config(config, self.paths.config(name))
         index = build_packing_index(
-            open_datasets(config.data.train),
+            open_datasets(config.data.training_datasets),
             data=config.data,
             sequence_length=config.batch.sequence_length,
             rows_needed=config.train_steps * config.batch.global_batch_size,

@@ -6,9 +6,14 @@ import numpy as np
 
 
 class MemoryDataset:
-    """Examples of given lengths; token values tell dataset, example and place apart."""
+    """Examples of given lengths; token values tell dataset, example and place apart.
 
-    def __init__(self, name, examples, manifest=None):
+    Columns are lists of names, one an example; documents are numbers.
+    """
+
+    def __init__(self, name, examples, manifest=None, columns=None, documents=None):
+        self.columns = columns or {}
+        self.documents = None if documents is None else np.asarray(documents, np.uint64)
         self.name, self.prefix, self.manifest = name, Path(name), manifest
         self.examples = [(np.asarray(i, np.int32), np.asarray(t, np.int32)) for i, t in examples]
         self.kind = "text" if examples and not any(len(i) for i, _ in examples) else "pairs"
@@ -20,6 +25,19 @@ class MemoryDataset:
 
     def __getitem__(self, number):
         return self.examples[number]
+
+    @property
+    def column_names(self):
+        return list(self.columns)
+
+    def names(self, column):
+        return sorted(set(self.columns.get(column, [])))
+
+    def column(self, column):
+        if column not in self.columns:
+            return None
+        names = self.names(column)
+        return np.array([names.index(name) for name in self.columns[column]], np.uint8)
 
 
 def dataset_of_lengths(name, lengths, first_token=10):

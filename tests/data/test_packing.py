@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from megatron_xmtf.config import DataConfig
+from megatron_xmtf.config import DataConfig, MixtureConfig
 from megatron_xmtf.data.packing import (
     build_packing_index,
     index_path,
@@ -18,6 +18,10 @@ def config(names, **fields):
     return DataConfig.model_validate({"train": [{"prefix": name} for name in names], **fields})
 
 
+def weighted(**weights):
+    return MixtureConfig(entries=[{"prefix": name, "weight": weight} for name, weight in weights.items()])
+
+
 def segments_of(index):
     return list(zip(index.dataset_ids.tolist(), index.example_ids.tolist(), strict=True))
 
@@ -26,15 +30,18 @@ def test_each_epoch_has_every_example_once_and_is_packed_by_itself():
     datasets = [random_dataset("a", 30, seed=1), random_dataset("b", 50, seed=2)]
     index = pack_mixture(datasets, sequence_length=31, rows_needed=100, seed=7)
     epochs = index.statistics["epochs"]
-    assert epochs > 1 and len(index) >= 100 and len(index.example_ids) == 80 * epochs
+    assert epochs > 2 and len(index) == 100 == index.statistics["rows"]
+    assert 80 * (epochs - 1) < len(index.example_ids) <= 80 * epochs
     everything = sorted([(0, i) for i in range(30)] + [(1, i) for i in range(50)])
     orders = []
-    for epoch in range(epochs):
+    for epoch in range(epochs - 1):
         segments = segments_of(index)[80 * epoch : 80 * (epoch + 1)]
         assert sorted(segments) == everything
         assert 80 * (epoch + 1) in index.row_offsets
         orders.append(segments)
     assert orders[0] != orders[1]
+    last = segments_of(index)[80 * (epochs - 1) :]
+    assert len(set(last)) == len(last)
 
 
 def test_a_longer_run_begins_with_the_rows_of_a_shorter_one():
@@ -48,11 +55,15 @@ def test_a_longer_run_begins_with_the_rows_of_a_shorter_one():
 
 def test_weights_decide_the_shares_and_repeats_are_counted():
     datasets = [random_dataset("a", 90, seed=1), random_dataset("b", 10, seed=2)]
-    index = pack_mixture(datasets, weights=[1, 3], sequence_length=31, rows_needed=1, seed=7)
+    index = pack_mixture(datasets, mixture=weighted(a=1, b=3), sequence_length=31, seed=7)
     assert np.bincount(index.dataset_ids).tolist() == [25, 75]
     a, b = index.statistics["datasets"]
     assert (a["examples"], a["repeats"], b["examples"], b["repeats"]) == (25, 0, 75, 65)
     assert b["epochs"] == 7.5 and index.statistics["repeats"] == 65
+    assert [(part["name"], part["wanted_share"], part["share"]) for part in index.statistics["components"]] == [
+        ("a", 0.25, 0.25),
+        ("b", 0.75, 0.75),
+    ]
 
 
 def test_statistics_against_a_count_by_hand():
@@ -102,7 +113,7 @@ def test_a_weighted_dataset_with_nothing_to_give_is_an_error():
     datasets = [dataset_of_lengths("a", [(3, 2)]), dataset_of_lengths("b", [(1, 30)])]
     assert pack_mixture(datasets, sequence_length=7).statistics["dropped"] == 1
     with pytest.raises(DatasetError, match="dataset 'b'"):
-        pack_mixture(datasets, weights=[1, 1], sequence_length=7)
+        pack_mixture(datasets, mixture=weighted(a=1, b=1), sequence_length=7)
 
 
 def test_build_stores_and_open_finds(tmp_path):
@@ -131,14 +142,17 @@ def test_same_arguments_same_bytes(tmp_path):
 
 
 def test_the_key_changes_with_everything_that_changes_the_rows():
-    same = dict(weights=None, sequence_length=31, long_examples="drop", seed=3, rows_needed=20)
+    same = dict(
+        mixture=weighted(a=None), split_seed=0, sequence_length=31, long_examples="drop", seed=3, rows_needed=20
+    )
     datasets = [random_dataset("a", 40, seed=1)]
     key = packing_key(datasets, **same)[0]
     assert key == packing_key([random_dataset("a", 40, seed=1, first_token=99)], **same)[0]
     others = [
         packing_key(datasets, **{**same, field: value})[0]
         for field, value in [
-            ("weights", [1.0]),
+            ("mixture", weighted(a=2.0)),
+            ("split_seed", 1),
             ("sequence_length", 30),
             ("long_examples", "truncate_inputs_left"),
             ("seed", 4),

@@ -1,0 +1,85 @@
+"""The key of a packing index: a hash of everything that decides which rows it has."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_xmtf.config.mixture import MixtureConfig
+from megatron_xmtf.data.best_fit import ALGORITHM_VERSION
+from megatron_xmtf.data.example_dataset import ExampleDataset
+from megatron_xmtf.data.fitting import LongExamples
+from megatron_xmtf.files import sha256_json
+
+if TYPE_CHECKING:
+    from megatron_xmtf.data.guards import GuardFlags
+
+__all__ = ["packing_key"]
+
+MIXTURE_VERSION = 2
+"""Part of every packing key: raised by any change that draws other examples for the same mixture and seed."""
+HASH_BLOCK = 1 << 20
+"""Lengths hashed at a time."""
+
+
+def packing_key(
+    datasets: Sequence[ExampleDataset],
+    *,
+    mixture: MixtureConfig,
+    split_seed: int,
+    sequence_length: int,
+    long_examples: LongExamples,
+    seed: int,
+    rows_needed: int | None,
+    guards: GuardFlags | None = None,
+) -> tuple[str, dict[str, Any]]:
+    """Hash everything that changes a packing index.
+
+    Returns: (SHA-256 in hexadecimal, what was hashed). A dataset counts by its manifest's content, or without
+             one by its sizes; never by its path, so that moved data keep their index.
+    """
+    inputs = {
+        "algorithm_version": [ALGORITHM_VERSION, MIXTURE_VERSION],
+        "datasets": [
+            {"name": dataset.name, "kind": dataset.kind, "sha256": _dataset_hash(dataset)} for dataset in datasets
+        ],
+        "mixture": _without_paths(mixture),
+        "split_seed": split_seed,
+        "sequence_length": sequence_length,
+        "long_examples": long_examples,
+        "seed": seed,
+        "rows_needed": rows_needed,
+        "guards": None if guards is None else {"key": guards.key, "drop": list(guards.settings.dropped())},
+    }
+    return sha256_json(inputs), inputs
+
+
+def _without_paths(mixture: MixtureConfig) -> dict[str, Any]:
+    """Return the mixture with datasets named by their numbers, and without what is for the reader."""
+    number_of = {prefix: number for number, prefix in enumerate(mixture.prefixes())}
+
+    def numbered(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                key: number_of[one] if key == "prefix" and one is not None else numbered(one)
+                for key, one in value.items()
+            }
+        return [numbered(one) for one in value] if isinstance(value, list) else value
+
+    values = numbered(mixture.model_dump(mode="json", exclude={"root", "source", "name", "validation"}))
+    if mixture.pinch is not None:
+        values["pinch"]["prefixes"] = [number_of[prefix] for prefix in mixture.pinch.prefixes]
+    return dict(values)
+
+
+def _dataset_hash(dataset: ExampleDataset) -> str:
+    if dataset.manifest is not None:
+        return sha256_json(dataset.manifest)
+    digest = hashlib.sha256()
+    for lengths in (dataset.input_lengths, dataset.target_lengths):
+        for begin in range(0, len(lengths), HASH_BLOCK):
+            digest.update(lengths[begin : begin + HASH_BLOCK].astype(np.int64).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,109 @@
+"""Count what a packing index holds: of each dataset and of each component of the mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_xmtf.data.example_dataset import ExampleDataset
+from megatron_xmtf.data.fitting import FittingExamples
+from megatron_xmtf.data.mixture import Component, Mixture
+from megatron_xmtf.data.packing_index import ComponentStatistics, DatasetStatistics, PackingStatistics
+
+__all__ = ["component_statistics", "dataset_statistics", "packing_statistics"]
+
+BLOCK = 1 << 20
+"""Segments counted at a time."""
+
+
+def dataset_statistics(
+    dataset: ExampleDataset,
+    parts: Sequence[FittingExamples],
+    drawn: NDArray[np.integer],
+    *,
+    capacity: int,
+) -> DatasetStatistics:
+    """Count the segments of one dataset.
+
+    Args:    parts: its examples that could be drawn, by component. drawn: [segments], the examples in the rows.
+             capacity: tokens of a row.
+    """
+    seen = np.zeros(len(dataset), np.bool_)
+    tokens = target_tokens = 0
+    for begin in range(0, len(drawn), BLOCK):
+        block = drawn[begin : begin + BLOCK]
+        seen[block] = True
+        inputs, targets = dataset.input_lengths[block], dataset.target_lengths[block]
+        tokens += int(np.minimum(inputs.astype(np.int64) + targets, capacity).sum())
+        # The first token of a segment without inputs has nothing before it that could predict it.
+        target_tokens += int((targets - (inputs == 0)).sum(dtype=np.int64))
+    available = sum(len(examples) for examples in parts)
+    return {
+        "name": dataset.name,
+        "examples": len(drawn),
+        "repeats": len(drawn) - int(np.count_nonzero(seen)),
+        "epochs": len(drawn) / available if available else 0.0,
+        "tokens": tokens,
+        "target_tokens": target_tokens,
+        "dropped": sum(examples.dropped for examples in parts),
+        "truncated": sum(examples.truncated for examples in parts),
+        "empty": sum(examples.empty for examples in parts),
+    }
+
+
+def component_statistics(
+    mixture: Mixture, datasets: Sequence[ExampleDataset], counts: Sequence[int], sizes: Sequence[float]
+) -> list[ComponentStatistics]:
+    """Compare what each component has with what it should have.
+
+    Args:    counts: segments of each component. sizes: the same in the mixture's unit.
+    """
+    whole = sum(sizes)
+    rows = zip(mixture.components, mixture.wanted_shares(), mixture.raised_by_floors(), counts, sizes, strict=True)
+    return [
+        {
+            "name": component.name,
+            "dataset": datasets[component.dataset].name,
+            "wanted_share": wanted,
+            "share": size / whole if whole else 0.0,
+            "available": len(component.examples),
+            "examples": count,
+            "epochs": count / len(component.examples) if len(component.examples) else 0.0,
+            "limited_by": _limit(component, count, raised=raised),
+        }
+        for component, wanted, raised, count, size in rows
+    ]
+
+
+def _limit(component: Component, count: int, *, raised: bool) -> str | None:
+    if component.max_epochs is not None and count >= component.allowance:
+        return "max_epochs"
+    return "floor" if raised else None
+
+
+def packing_statistics(
+    each: list[DatasetStatistics],
+    components: list[ComponentStatistics],
+    *,
+    rows: int,
+    epochs: int,
+    capacity: int,
+) -> PackingStatistics:
+    """Sum the statistics of the datasets."""
+    tokens = sum(entry["tokens"] for entry in each)
+    return {
+        "rows": rows,
+        "examples": sum(entry["examples"] for entry in each),
+        "repeats": sum(entry["repeats"] for entry in each),
+        "epochs": epochs,
+        "tokens": tokens,
+        "target_tokens": sum(entry["target_tokens"] for entry in each),
+        "fill_fraction": tokens / (rows * capacity),
+        "dropped": sum(entry["dropped"] for entry in each),
+        "truncated": sum(entry["truncated"] for entry in each),
+        "empty": sum(entry["empty"] for entry in each),
+        "datasets": each,
+        "components": components,
+    }
