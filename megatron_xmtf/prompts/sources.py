@@ -137,9 +137,7 @@ class Source:
         if found == "huggingface" and len(self.paths) > 1:
             raise ConfigError(f"{self.label}: a Hugging Face dataset is one directory; declare one source each.")
         if self.revision and not self.hub:
-            raise ConfigError(
-                f"{self.label}: revision={self.revision!r} is of datasets on the hub, not of directories."
-            )
+            raise ConfigError(f"{self.label}: revision={self.revision!r} is for datasets on the hub alone.")
         twice = set(self.constants) & set(self.fields)
         if twice:
             raise ConfigError(f"{self.label}: {sorted(twice)[0]!r} is named by both fields and constants.")

@@ -83,7 +83,7 @@ def _members(path: Path, stream: IO[bytes]) -> Iterator[Member]:
             elif entry.type == tarfile.XHDTYPE:
                 long_name, long_size = _pax_name_and_size(path, value, long_name)
             continue
-        name = (long_name or entry.name).rstrip("/")
+        name = long_name or entry.name
         size = entry.size if long_size is None else long_size
         long_name = long_size = None
         if entry.type == tarfile.DIRTYPE:

@@ -34,6 +34,8 @@ from megatron_xmtf.prompts.readers.bad_rows import BadRowError, LocatedRows, Rej
 __all__ = ["batch_rows", "check_schema"]
 
 EPOCH = datetime.datetime(1970, 1, 1)
+SMALLEST_NORMAL = 2.0**-126
+"""Of float32."""
 UNITS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
@@ -202,7 +204,8 @@ def _short_floats(array: pa.Array) -> list[Any]:
 def _shortest(value: float) -> float:
     """Return the decimal of fewest digits that rounds to the same float32; nine digits always do."""
     packed = struct.pack("f", value)
-    for digits in (6, 7, 8):
+    # Every decimal of six digits has a float32 of its own, but for the subnormal numbers, whose digits run out.
+    for digits in range(6 if abs(value) >= SMALLEST_NORMAL else 1, 9):
         text = f"{value:.{digits}g}"
         try:
             if struct.pack("f", float(text)) == packed:
@@ -237,10 +240,7 @@ def _decode(value: bytes) -> Any:
 
 
 def _dates(days: pa.Array, per_day: int) -> list[Any]:
-    return [
-        None if value is None else _moment(datetime.timedelta(value // per_day), date_only=True)
-        for value in days.to_pylist()
-    ]
+    return [None if value is None else _moment(days=value // per_day) for value in days.to_pylist()]
 
 
 def _instants(counts: pa.Array, unit: str, zone: str, time_only: bool) -> list[Any]:
@@ -252,7 +252,7 @@ def _instants(counts: pa.Array, unit: str, zone: str, time_only: bool) -> list[A
             made.append(None)
             continue
         seconds, fraction = divmod(value, per_second)
-        moment = _moment(datetime.timedelta(seconds=seconds), date_only=False)
+        moment = _moment(seconds=seconds)
         if isinstance(moment, str):
             moment = moment.partition("T")[2] if time_only else moment
             moment += (f".{fraction:0{digits}}".rstrip("0") if fraction else "") + zone
@@ -260,9 +260,11 @@ def _instants(counts: pa.Array, unit: str, zone: str, time_only: bool) -> list[A
     return made
 
 
-def _moment(since_epoch: datetime.timedelta, *, date_only: bool) -> Any:
+def _moment(*, days: int | None = None, seconds: int = 0) -> Any:
+    """Word the date so many days after 1 January 1970, or the moment so many seconds after its start."""
     try:
-        moment = EPOCH + since_epoch
-        return moment.date().isoformat() if date_only else moment.isoformat()
+        if days is not None:
+            return (EPOCH + datetime.timedelta(days)).date().isoformat()
+        return (EPOCH + datetime.timedelta(seconds=seconds)).isoformat()
     except OverflowError:
         return _BadValue("date out of range", "holds a date outside the years 1 to 9999")

@@ -58,6 +58,6 @@ def _descend(value: Any, keys: list[str], path: str, name: str, where: str) -> A
         else:
             known = list(value) if isinstance(value, dict) else []
             hint = nearest_names(key, known) if known else f"a {type(value).__name__} is there: {str(value)[:40]!r}"
-            step = "" if len(keys) == 1 else f" (at {key!r})"
+            step = "" if key == path else f" (at {key!r})"
             raise BadRowError(f"no field {path!r}", f"{where}: no field {path!r}{step} to read {name!r} from; {hint}.")
     return value
