@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 
-from megatron_xmtf.prompts import PromptedRecord, RenderReport, Template, load_templates, render_rows
+from megatron_xmtf.prompts import (
+    PromptedRecord,
+    RenderReport,
+    Template,
+    load_templates,
+    render_identified_rows,
+    render_rows,
+)
+from megatron_xmtf.prompts.chunk_renderer import RenderPlan
+from megatron_xmtf.prompts.variants import PLAIN, Variant, pose_templates
 from tests.prompts.conftest import json_lines, squad_rows
 
 TEMPLATES = Path(__file__).parents[2] / "examples" / "templates"
@@ -100,20 +109,29 @@ def test_files_say_what_a_mixture_asks_for(file: str) -> None:
 def test_chains_of_thought_end_with_the_number(shared_data: Path) -> None:
     """The way is the row's own, less the calculator's marks: found here by a regular expression."""
     rows = rows_for("gsm8k.yaml", shared_data)
-    _, records, _ = rendered("gsm8k.yaml", rows)
-    by_template: dict[str, list[PromptedRecord]] = {}
-    for record in records:
-        by_template.setdefault(record.template, []).append(record)
+    posed, left_out = pose_templates(load_templates(TEMPLATES / "gsm8k.yaml"), [PLAIN, Variant(chain_of_thought=True)])
+    assert len(left_out) == 3
+    plan = RenderPlan(tuple(posed), seed=0)
+    records = list(render_identified_rows(((str(number), row) for number, row in enumerate(rows)), plan))
+    assert len(records) == 9 * len(rows)
+    found = {(record.template, record.id): record for record in records}
     for number, row in enumerate(rows):
         way, value = re.sub("<<.*?>>", "", row["answer"]).split("\n#### ")
         value = value.replace(",", "")
-        for name in ("question_answer_en", "number_only_en", "solve_this_problem_en"):
-            assert by_template[name][number].targets == value
-        for name in ("step_by_step_en", "step_by_step_answer_en"):
-            assert by_template[name][number].targets == f"{way}\nThe answer is {value}."
-        assert by_template["reason_then_number_en"][number].targets == f"{way}\n{value}"
-        assert by_template["explain_the_answer_en"][number].targets == way
-        assert by_template["write_the_question_en"][number].targets == row["question"]
+        expected = {
+            "question_answer_en": value,
+            "solve_this_problem_en": value,
+            "how_does_a_pupil_answer_en": value,
+            "number_only_en": value,
+            "explain_the_answer_en": way,
+            "write_the_question_en": row["question"],
+            "question_answer_en+cot": f"{way}\nThe answer is {value}.",
+            "solve_this_problem_en+cot": f"{way}\n{value}",
+            "how_does_a_pupil_answer_en+cot": f"{way}\nSo the answer is {value}.",
+        }
+        for template, targets in expected.items():
+            record = found[template, str(number)]
+            assert record.targets == targets and row["question"] in record.inputs + record.targets
 
 
 def test_exam_answers_are_the_keys(shared_data: Path) -> None:
@@ -136,12 +154,11 @@ def test_exam_answers_are_the_keys(shared_data: Path) -> None:
 WORD_FOR_WORD = [
     (
         "gsm8k.yaml",
-        "step_by_step_answer_en",
+        "explain_the_answer_en",
         0,
-        "Question: Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How "
-        "many clips did Natalia sell altogether in April and May?\nStep-by-Step Answer:",
-        "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether in April and May.\n"
-        "The answer is 72.",
+        "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips "
+        "did Natalia sell altogether in April and May?\nThe answer is 72. Explain why.",
+        "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether in April and May.",
         None,
     ),
     (
