@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from megatron_xmtf.errors import DatasetError
 
-__all__ = ["ALGORITHM_VERSION", "RowPattern", "best_fit_patterns", "gather", "number_type", "pack_lengths"]
+__all__ = ["ALGORITHM_VERSION", "RowPattern", "best_fit_patterns", "gather", "group", "number_type", "pack_lengths"]
 
 ALGORITHM_VERSION = 2
 """Part of every packing key: raised by any change that gives other rows for the same lengths and seed."""
@@ -123,10 +123,9 @@ def pack_lengths(
     # 16 bits where they suffice: numpy sorts those by radix, in linear time.
     lengths = lengths.astype(np.uint16 if capacity <= np.iinfo(np.uint16).max else np.int32, copy=False)
     random = np.random.default_rng(seed)
-    counts = _count(lengths, capacity)
+    examples, ends = group(lengths, num_keys=capacity + 1)
+    counts = np.diff(ends, prepend=0)
     layout = _Layout(best_fit_patterns(counts, capacity=capacity), lengths.dtype, random)
-    ends = np.cumsum(counts)
-    examples = _group_by_length(lengths, ends - counts)
     for begin, end in zip((ends - counts).tolist(), ends.tolist(), strict=True):
         random.shuffle(examples[begin:end])
     order = np.empty_like(examples)
@@ -150,36 +149,40 @@ def gather(values: NDArray[Any], numbers: NDArray[np.integer]) -> NDArray[Any]:
     return result
 
 
-def _count(lengths: NDArray[np.integer], capacity: int) -> NDArray[np.int64]:
-    """Count the examples of each length, [capacity + 1]."""
-    counts = np.zeros(capacity + 1, np.int64)
-    for begin in range(0, lengths.size, BLOCK):
-        counts += np.bincount(lengths[begin : begin + BLOCK], minlength=capacity + 1)
-    return counts
+def group(
+    keys: NDArray[np.integer], *, num_keys: int, values: NDArray[Any] | None = None
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Bring values of equal keys together, each key's in their order: a counting sort by blocks.
 
+        keys 1 0 1 1    values 5 6 7 8    ->  grouped 6 5 7 8, ends 1 4
 
-def _group_by_length(lengths: NDArray[np.integer], begins: NDArray[np.int64]) -> NDArray[np.integer]:
-    """Return the numbers of all examples, the shortest first, equal lengths in their order."""
-    examples = np.empty(lengths.size, number_type(lengths.size))
-    free = begins.copy()
-    for begin in range(0, lengths.size, BLOCK):
-        found, places = _deal(lengths[begin : begin + BLOCK], free)
-        examples[places] = found + begin
-    return examples
-
-
-def _deal(lengths: NDArray[np.integer], free: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Deal a block the next places of each length, and move `free` on behind them.
-
-        lengths 5 3 5, free[3] = 40, free[5] = 70  ->  positions 1 0 2, places 40 70 71; free[3] = 41, free[5] = 72
-
-    Returns: (positions in the block ordered by length, place of each), [block].
+    Args:    keys: int [n], 0..num_keys-1; 16-bit ones are sorted in linear time. values: [n]; None: 0..n-1.
+    Returns: (grouped [n], ends int64 [num_keys]): key k has grouped[ends[k - 1]:ends[k]].
     """
-    positions = np.argsort(lengths, kind="stable")
-    counts = np.bincount(lengths, minlength=len(free))
+    counts = np.zeros(num_keys, np.int64)
+    for begin in range(0, keys.size, BLOCK):
+        counts += np.bincount(keys[begin : begin + BLOCK], minlength=num_keys)
+    ends = np.cumsum(counts)
+    free = ends - counts
+    grouped = np.empty(keys.size, number_type(keys.size) if values is None else values.dtype)
+    for begin in range(0, keys.size, BLOCK):
+        found, places = _deal(keys[begin : begin + BLOCK], free)
+        grouped[places] = found + begin if values is None else values[begin : begin + BLOCK][found]
+    return grouped, ends
+
+
+def _deal(keys: NDArray[np.integer], free: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Deal the keys of a block their next places, and move `free` on behind them.
+
+        keys 5 3 5, free[3] = 40, free[5] = 70  ->  positions 1 0 2, places 40 70 71; free[3] = 41, free[5] = 72
+
+    Returns: (positions in the block ordered by key, place of each), [block].
+    """
+    positions = np.argsort(keys, kind="stable")
+    counts = np.bincount(keys, minlength=len(free))
     before = np.cumsum(counts) - counts
     places = np.repeat(free - before, counts)
-    places += np.arange(len(lengths))
+    places += np.arange(len(keys))
     free += counts
     return positions, places
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_xmtf.data import best_fit
-from megatron_xmtf.data.best_fit import best_fit_patterns, gather, number_type, pack_lengths
+from megatron_xmtf.data.best_fit import best_fit_patterns, gather, group, number_type, pack_lengths
 from megatron_xmtf.errors import DatasetError
 
 
@@ -171,3 +171,16 @@ def test_gather_is_indexing(monkeypatch):
         assert found.dtype == np.uint16 and found.tolist() == [9, 7, 7, 8, 9]
     with pytest.raises(IndexError):
         gather(values, np.array([3], np.uint32))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 9), max_size=60), st.sampled_from([1, 7, 1 << 19]))
+def test_group_is_a_stable_sort_by_key(keys, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(best_fit, "BLOCK", block)
+        values = np.arange(len(keys), dtype=np.int64) * 3
+        grouped, ends = group(np.array(keys, np.uint16), num_keys=10, values=values)
+        numbers, _ = group(np.array(keys, np.uint16), num_keys=10)
+    expected = sorted(range(len(keys)), key=lambda at: keys[at])
+    assert grouped.tolist() == [3 * at for at in expected] and numbers.tolist() == expected
+    assert ends.tolist() == [sum(one <= key for one in keys) for key in range(10)]
