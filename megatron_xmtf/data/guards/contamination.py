@@ -2,7 +2,7 @@
 
     exact    normalised inputs (or inputs and targets together) are those of an evaluation text (or its text and answer)
     n-gram   inputs and targets, read as one text, hold an n-gram of an evaluation text's content: 13 words (GPT-3,
-             AlexaTM), 30 characters for scripts without spaces; or a shorter evaluation text as a whole
+             AlexaTM), 30 letters of a script without spaces or 20 ideographs; or a shorter evaluation text as a whole
     overlap  share of the evaluation text's n-grams that the example holds; 1 for a text found whole
 
 What is common to a task's texts, or to a template's, is no content (`evaluation_index`, `template_wording`): rows that

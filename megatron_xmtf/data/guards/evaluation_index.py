@@ -3,8 +3,8 @@
     inputs  "Question: Janet's ducks lay 16 eggs a day ... How much does she make? Answer:"     one of 250 of its task
     exact   hash of the inputs, and of inputs + targets
     content "janet s ducks lay 16 eggs ... she make"      without the template's wording, which the task's texts share
-    n-grams of the content (13 words or 30 characters), of inputs and of targets
-    whole   inputs' content of 8 to 12 words (18 to 29 characters): looked for as one stretch
+    n-grams of the content (13 words, 30 kana or 20 ideographs), of inputs and of targets
+    whole   inputs' content of 8 to 12 words (18 to 29 kana): looked for as one stretch
 
 Where the template leaves no content of 8 words in one piece, the inputs are looked for whole, template included; inputs
 shorter than that are found by an exact match only, and counted as `untestable`.

@@ -3,7 +3,7 @@
 An example is a near duplicate of an earlier one of its group if
     1. the Jaccard similarity of their inputs' shingles, template wording left out, is at least `jaccard`,
     2. that of their targets' shingles is too, and
-    3. no changed stretch is longer than 5 words (or 10 characters): a longer one is another field, not a retouch.
+    3. no changed stretch is longer than 5 words (or 10 letters): a longer one is another field, not a retouch.
 
     He paid 30 dollars to the man | yes      He paid 30 euros to the man | yes       a retouch: one word
     <200 words> Who won the match? | Ali     <200 words> Who lost the match? | Bo    2. fails: other targets
@@ -120,7 +120,7 @@ class _ExampleView:
                     everything.hashes[first:last],
                     everything.starts[first:last] - begin,
                     everything.ends[first:last] - begin,
-                    units.is_character[start:stop],
+                    units.kinds[start:stop],
                 )
             )
 
@@ -138,18 +138,18 @@ def similarity(one: _ExampleView, other: _ExampleView) -> float:
 
 
 def _changed_too_much(
-    half: tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]],
+    half: tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]],
     others: NDArray[np.uint64],
 ) -> bool:
     """Tell whether some stretch of units that no shared shingle covers weighs more than `LONGEST_CHANGE`."""
-    _, hashes, starts, ends, is_character = half
-    count = len(is_character)
+    _, hashes, starts, ends, kinds = half
+    count = len(kinds)
     shared = np.isin(hashes, others)
     change = np.zeros(count + 1, np.int64)
     np.add.at(change, np.clip(starts[shared], 0, count), 1)
     np.add.at(change, np.clip(ends[shared], 0, count), -1)
     covered = np.cumsum(change[:-1]) > 0
-    reached = np.cumsum(np.where(covered, 0, LONGEST_CHANGE.weights(is_character)))
+    reached = np.cumsum(np.where(covered, 0, LONGEST_CHANGE.weights(kinds)))
     # The weight since the last covered unit, which is the largest sum reached at a covered unit so far.
     since = reached - np.maximum.accumulate(np.where(covered, reached, 0)) if count else reached
     return bool((since > LONGEST_CHANGE.weight).any())

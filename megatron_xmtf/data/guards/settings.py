@@ -36,11 +36,11 @@ class GuardSettings:
     ngram_words: int = 13
     """Words of the n-grams whose overlap is contamination. 13: GPT-3 (arXiv 2005.14165, appendix C), AlexaTM."""
     ngram_characters: int = 30
-    """The same for characters of scripts without spaces."""
+    """The same in letters of scripts without spaces: kana, Thai, Lao, Khmer, Myanmar, Tibetan. Han counts 1.5 each."""
     short_ngram_words: int = 8
     """A shorter evaluation text is looked for as a whole if it has this many words. 8: GPT-3."""
     short_ngram_characters: int = 18
-    """The same for characters."""
+    """The same in letters."""
     minimum_overlap: float = 0.0
     """Share of an evaluation text's n-grams that an example must hold, 0 to 1. 0: one of them is enough."""
     jaccard: float = 0.8

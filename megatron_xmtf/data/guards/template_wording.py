@@ -4,9 +4,10 @@
     Premise: It rained.     Is it true that the sun set? yes or no?    the first "premise" - the rest is content
 
 Every other guard would find nothing but templates in prompted data, where thousands of rows stand in one wording. A
-shingle (3 words, or 6 characters of a script without spaces; the ends of a text count as words) in at least the share
-`boilerplate` of a group's texts is its template's. The groups of training data are the examples of one dataset and
-template, seen through a sample of at most 256. The cost: what a fifth of a group has in common is never found.
+shingle (3 words, 6 letters of a script without spaces, 4 ideographs; the ends of a text count as words) in at least
+the share `boilerplate` of a group's texts is its template's. The groups of training data are the examples of one
+dataset and template, seen through a sample of at most 256. The cost: what a fifth of a group has in common is never
+found, such as near duplicates that make up a fifth of their template's examples.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     text        "Der  Zug, 10:30!"      "我有3个apple。"              "ร้อน"
     units       der zug 10 30           我 有 3 个 apple             ร้ อ น
-    characters                          x  x     x                   x  x  x
+    kinds       W   W   W  W            I  I  W I  W                 L  L  L      word, ideograph, letter
 
 Normalised first: NFKC, case folded, digits of every script as 0-9, invisible format characters removed. Punctuation,
 control characters and white space only separate; symbols (+ = $, emoji) are units of their own. A character unit
@@ -19,28 +19,31 @@ from functools import cache, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Units", "mix", "normalise", "range_hashes", "split_units"]
+__all__ = ["IDEOGRAPH", "LETTER", "SYMBOL", "WORD", "Units", "mix", "normalise", "range_hashes", "split_units"]
 
-UNSPACED = (
+LETTERS = (
     (0x0E00, 0x0EFF),  # Thai, Lao
     (0x0F00, 0x0FFF),  # Tibetan
     (0x1000, 0x109F),  # Myanmar
     (0x1780, 0x17FF),  # Khmer
-    (0x2E80, 0x2FDF),  # Han radicals
-    (0x3005, 0x3007),  # Han iteration mark, closing mark, zero
     (0x3040, 0x312F),  # Hiragana, Katakana, Bopomofo
     (0x31F0, 0x31FF),  # Katakana, small letters
-    (0x3400, 0x9FFF),  # Han
     (0xA9E0, 0xA9FF),  # Myanmar, extended
     (0xAA60, 0xAA7F),
-    (0xF900, 0xFAFF),  # Han, compatibility
     (0x1B000, 0x1B16F),  # Kana, supplements
-    (0x20000, 0x323AF),  # Han, extensions
 )
-"""First and last code points of scripts written without spaces between words."""
+"""First and last code points of letters of scripts written without spaces between words."""
+IDEOGRAPHS = (
+    (0x2E80, 0x2FDF),  # radicals
+    (0x3005, 0x3007),  # iteration mark, closing mark, zero
+    (0x3400, 0x9FFF),
+    (0xF900, 0xFAFF),  # compatibility
+    (0x20000, 0x323AF),  # extensions
+)
+"""The same of Han, where a character is half a word rather than a sound."""
 BOUNDARY = "\x1e"
 """Stands between texts that are normalised together: a control character, which neither folds nor composes."""
-SEPARATOR, SYMBOL, WORD, CHARACTER, MARK, IGNORED = range(6)
+SEPARATOR, SYMBOL, WORD, LETTER, IDEOGRAPH, MARK, IGNORED = range(7)
 CASELESS_I = {0x131: 0x69}
 """Dotless i as i: Turkish text loses the difference when its case is changed by a program that knows no Turkish."""
 IGNORED_MARKS = (0x307, *range(0xFE00, 0xFE10))
@@ -55,8 +58,8 @@ class Units:
 
     hashes: NDArray[np.uint64]
     """[units]."""
-    is_character: NDArray[np.bool_]
-    """[units], True for a character of a script without spaces."""
+    kinds: NDArray[np.uint8]
+    """[units], SYMBOL, WORD, or for a single character LETTER or IDEOGRAPH."""
     offsets: NDArray[np.int64]
     """[texts + 1], first unit of each text."""
     codes: NDArray[np.uint32]
@@ -66,7 +69,7 @@ class Units:
 
     def merged(self, count: int) -> Units:
         """Return the same units with every `count` texts that follow one another taken as one."""
-        return Units(self.hashes, self.is_character, self.offsets[::count], self.codes, self.spans)
+        return Units(self.hashes, self.kinds, self.offsets[::count], self.codes, self.spans)
 
     def wording(self, start: int, stop: int) -> str:
         """Return the normalised text of units `start` up to `stop`."""
@@ -94,7 +97,7 @@ def split_units(texts: Sequence[str]) -> Units:
     seen = classes != IGNORED
     codes, classes = folded[codes[seen]], classes[seen]
     classes, is_mark = _attach_marks(classes)
-    begins = (classes == SYMBOL) | (classes == CHARACTER)
+    begins = (classes == SYMBOL) | (classes == LETTER) | (classes == IDEOGRAPH)
     begins &= ~is_mark
     words = classes == WORD
     begins[:1] |= words[:1]
@@ -106,7 +109,7 @@ def split_units(texts: Sequence[str]) -> Units:
     assert len(ends) == len(texts), f"{len(ends)} boundaries for {len(texts)} texts"
     offsets = np.concatenate([[0], np.searchsorted(spans[:, 0], ends)]).astype(np.int64)
     hashes = mix(range_hashes(mix(codes.astype(np.uint64)), spans[:, 0], spans[:, 1]))
-    return Units(hashes, classes[spans[:, 0]] == CHARACTER, offsets, codes, spans)
+    return Units(hashes, classes[spans[:, 0]], offsets, codes, spans)
 
 
 def _attach_marks(classes: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
@@ -162,9 +165,10 @@ def _tables() -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
             digit = unicodedata.decimal(character, None)
             if digit is not None:
                 folded[code] = ord("0") + digit
-    for first, last in UNSPACED:
-        part = class_of[first : last + 1]
-        part[(part == WORD) & (folded[first : last + 1] >= 128)] = CHARACTER
+    for blocks, kind in ((LETTERS, LETTER), (IDEOGRAPHS, IDEOGRAPH)):
+        for first, last in blocks:
+            part = class_of[first : last + 1]
+            part[(part == WORD) & (folded[first : last + 1] >= 128)] = kind
     class_of[list(IGNORED_MARKS)] = IGNORED
     for code, other in CASELESS_I.items():
         folded[code] = other
