@@ -180,7 +180,7 @@ def _opened(source: Source, stack: ExitStack) -> Iterator[pa.Table]:
 
 
 def _hub_id(hub: str) -> str:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub):
         raise ConfigError(f"hub={hub!r} is not of the form owner/name.")
     if Path(hub).exists():
         raise ConfigError(f"hub={hub!r} is also a path here, which the library would read instead; declare path.")
