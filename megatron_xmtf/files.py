@@ -44,10 +44,15 @@ def temporary_name(path: Path) -> Path:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn 'no space left' into `DiskFullError` with the free space; other OS errors pass through."""
+    """Turn 'no space left' and 'file too large' into `DiskFullError`; other OS errors pass through."""
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise DiskFullError(
+                f"{path} would be longer than this shell lets a file be; nothing under the final name was changed. "
+                "Raise the limit (ulimit -f) and start again."
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         free = shutil.disk_usage(path.parent).free / 2**30

@@ -28,12 +28,15 @@ class Progress:
         progress.note("fill 99.8 %")
 
     Args:  description: what is being done. total: units of work in all, None when unknown.
-           unit: plural noun of what is counted. enabled: False draws and prints nothing (ranks other than 0).
+           unit: plural noun of what is counted. done: units that an earlier run did; they count for no rate.
+           enabled: False draws and prints nothing (ranks other than 0).
     """
 
-    def __init__(self, description: str, *, total: int | None, unit: str = "steps", enabled: bool = True) -> None:
+    def __init__(
+        self, description: str, *, total: int | None, unit: str = "steps", done: int = 0, enabled: bool = True
+    ) -> None:
         self.description, self.total, self.unit, self.enabled = description, total, unit, enabled
-        self.done = 0
+        self.done = self._done_before = done
         self._note = ""
         self._started = self._last_line = time.monotonic()
         self._bar: RichProgress | None = None
@@ -65,7 +68,7 @@ class Progress:
                 console=Console(stderr=True),
             )
             self._bar.start()
-            self._task = self._bar.add_task(self.description, total=self.total, rate="", note="")
+            self._task = self._bar.add_task(self.description, total=self.total, completed=self.done, rate="", note="")
         return self
 
     def advance(self, count: int = 1) -> None:
@@ -102,13 +105,14 @@ class Progress:
 
     def _rate(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
-        return f"{self.done / seconds:,.1f} {self.unit}/s"
+        return f"{(self.done - self._done_before) / seconds:,.1f} {self.unit}/s"
 
     def _print_line(self) -> None:
         of_total = f" of {self.total:,}" if self.total is not None else ""
         eta = ""
-        if self.total is not None and self.done:
-            seconds = (time.monotonic() - self._started) / self.done * (self.total - self.done)
+        done_now = self.done - self._done_before
+        if self.total is not None and done_now:
+            seconds = (time.monotonic() - self._started) / done_now * (self.total - self.done)
             eta = f", eta {seconds:.0f} s"
         line = f"{self.description}: {self.done:,}{of_total} {self.unit}, {self._rate()}{eta} {self._note}"
         print(line.rstrip(), file=sys.stderr, flush=True)

@@ -6,7 +6,8 @@ The manifest is written last: a dataset with a manifest was finished. Files are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,24 +73,32 @@ def unfinished_directories(prefix: Path) -> Iterator[Path]:
         yield from sorted(path for path in prefix.parent.iterdir() if path.name.startswith(mark) and path.is_dir())
 
 
-def length_statistics(lengths: np.ndarray) -> dict[str, Any]:
+def length_statistics(lengths: np.ndarray | Iterable[np.ndarray]) -> dict[str, Any]:
     """Summarise lengths in tokens: mean, quantiles, and counts per power of two.
 
     >>> length_statistics(np.array([1, 2, 3, 4]))["histogram"]      # "4": more than 2, at most 4
     {'1': 1, '2': 1, '4': 2}
+
+    Args:    lengths: integers [examples], at once or in blocks; memory grows with the number of different lengths.
     """
-    if not len(lengths):
+    counts: Counter[int] = Counter()
+    for block in [lengths] if isinstance(lengths, np.ndarray) else lengths:
+        values, times = np.unique(block, return_counts=True)
+        counts.update(dict(zip(values.tolist(), times.tolist(), strict=True)))
+    if not counts:
         return {"min": 0, "mean": 0.0, **dict.fromkeys(QUANTILES, 0), "max": 0, "histogram": {}}
-    ranks = {name: int(np.ceil(share * len(lengths))) - 1 for name, share in QUANTILES.items()}
-    ordered = np.partition(lengths, sorted(set(ranks.values())))
-    edges = [2**power for power in range(max(int(lengths.max()) - 1, 0).bit_length() + 1)]
-    at_most = [int(np.count_nonzero(lengths <= edge)) for edge in edges]
+    ordered = np.array(sorted(counts), np.int64)
+    up_to = np.cumsum([counts[int(length)] for length in ordered], dtype=np.int64)
+    total = int(up_to[-1])
+    ranks = {name: int(np.ceil(share * total)) for name, share in QUANTILES.items()}
+    edges = [2**power for power in range(max(int(ordered[-1]) - 1, 0).bit_length() + 1)]
+    at_most = [int(up_to[at - 1]) if at else 0 for at in np.searchsorted(ordered, edges, side="right")]
     histogram = {str(edge): count - below for edge, count, below in zip(edges, at_most, [0, *at_most], strict=False)}
     return {
-        "min": int(lengths.min()),
-        "mean": round(float(lengths.mean(dtype=np.float64)), 2),
-        **{name: int(ordered[rank]) for name, rank in ranks.items()},
-        "max": int(lengths.max()),
+        "min": int(ordered[0]),
+        "mean": round(sum(length * count for length, count in counts.items()) / total, 2),
+        **{name: int(ordered[np.searchsorted(up_to, rank)]) for name, rank in ranks.items()},
+        "max": int(ordered[-1]),
         "histogram": {bound: count for bound, count in histogram.items() if count},
     }
 

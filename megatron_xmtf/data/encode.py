@@ -19,7 +19,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import chain
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Literal
@@ -28,7 +27,8 @@ import numpy as np
 
 from megatron_xmtf.data.dataset_manifest import COLUMNS, Kind
 from megatron_xmtf.data.indexed_dataset import token_dtype
-from megatron_xmtf.data.records import BadRecord, LineChunk, Record, RecordFormat, RecordParser
+from megatron_xmtf.data.records import BadRecord, InputPosition, LineChunk, Record, RecordFormat, RecordParser
+from megatron_xmtf.data.segment_encoder import SegmentEncoder
 from megatron_xmtf.data.tokenizer import Tokenizer
 from megatron_xmtf.errors import RankFailedError, RecordError
 
@@ -66,16 +66,16 @@ class EncodedChunk:
     """uint64 [examples], `Record.document`."""
     counts: Counter[str]
     """read, kept, empty_inputs, empty_targets, empty_text, blank_lines, and malformed/<reason>."""
-    position: int
+    position: InputPosition
     """`LineChunk.position`."""
 
 
 @dataclass
 class _Kept:
-    """Examples that have both halves."""
+    """Examples that have both halves; ids as bytes of the dataset's dtype."""
 
-    inputs: list[list[int]] = field(default_factory=list)
-    targets: list[list[int]] = field(default_factory=list)
+    inputs: list[bytes] = field(default_factory=list)
+    targets: list[bytes] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
 
 
@@ -89,8 +89,11 @@ class ChunkEncoder:
         )
         self._is_text = settings.kind == "text"
         self._prefix = "" if self._is_text else settings.target_prefix
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._eos = np.array([tokenizer.eos_id], self._dtype).tobytes()
+        self._segments = SegmentEncoder(tokenizer.backend, tokenizer.segment_rule, dtype=self._dtype)
         # What remains of a target that the tokenizer's normaliser deletes altogether.
-        self._nothing = ([], *tokenizer.encode_batch([self._prefix]), [tokenizer.eos_id])
+        self._nothing = frozenset([b"", *self._segments.encode([self._prefix]), self._eos])
 
     def encode(self, chunk: LineChunk) -> EncodedChunk:
         """Parse and tokenise a chunk.
@@ -101,15 +104,14 @@ class ChunkEncoder:
         records = self._nonempty(self._parse(chunk, counts), counts)
         kept = self._tokenize(records, counts)
         counts["kept"] += len(kept.records)
-        dtype = token_dtype(self.tokenizer.vocab_size)
         if self._is_text:
-            halves = {"text_document": _flatten(kept.targets, dtype)}
+            halves = {"text_document": _flatten(kept.targets, self._dtype)}
         else:
             halves = {
-                "inputs_document": _flatten(kept.inputs, dtype),
-                "targets_document": _flatten(kept.targets, dtype),
+                "inputs_document": _flatten(kept.inputs, self._dtype),
+                "targets_document": _flatten(kept.targets, self._dtype),
             }
-        columns = {name: _index([r.columns[i] for r in kept.records]) for i, name in enumerate(COLUMNS)}
+        columns = _index_columns([record.columns for record in kept.records])
         documents = np.array([record.document for record in kept.records], np.uint64)
         return EncodedChunk(halves, columns, documents, counts, chunk.position)
 
@@ -136,9 +138,9 @@ class ChunkEncoder:
         """Drop, as a pair, every record with a half that is empty or only white space."""
         kept = []
         for record in records:
-            if not self._is_text and not record.inputs.strip():
+            if not self._is_text and (not record.inputs or record.inputs.isspace()):
                 counts["empty_inputs"] += 1
-            elif not record.targets.strip():
+            elif not record.targets or record.targets.isspace():
                 counts["empty_text" if self._is_text else "empty_targets"] += 1
             else:
                 kept.append(record)
@@ -146,9 +148,9 @@ class ChunkEncoder:
 
     def _tokenize(self, records: Sequence[Record], counts: Counter[str]) -> _Kept:
         """Encode both halves, end the target with EOS; drop, as a pair, what has come out empty."""
-        encode, eos_id = self.tokenizer.encode_batch, self.tokenizer.eos_id
-        all_targets = encode([self._prefix + record.targets for record in records])
-        all_inputs = [[]] * len(records) if self._is_text else encode([record.inputs for record in records])
+        encode, eos = self._segments.encode, self._eos
+        all_targets = encode([record.targets for record in records], prefix=self._prefix)
+        all_inputs = [b""] * len(records) if self._is_text else encode([record.inputs for record in records])
         kept = _Kept()
         for record, inputs, targets in zip(records, all_inputs, all_targets, strict=True):
             if not self._is_text and not inputs:
@@ -156,9 +158,8 @@ class ChunkEncoder:
             elif targets in self._nothing:
                 counts["empty_text" if self._is_text else "empty_targets"] += 1
             else:
-                targets.append(eos_id)
                 kept.inputs.append(inputs)
-                kept.targets.append(targets)
+                kept.targets.append(targets + eos)
                 kept.records.append(record)
         return kept
 
@@ -191,7 +192,7 @@ def encode_chunks(
             yield _result(pending.popleft(), executor)
     except BrokenProcessPool as error:
         raise RankFailedError(
-            f"one of {workers} worker processes was killed, most likely for want of memory; nothing was written. "
+            f"one of {workers} worker processes was killed, most likely for want of memory. "
             "Run again with fewer workers."
         ) from error
     finally:
@@ -224,9 +225,10 @@ def _encode_in_worker(settings: EncodeSettings, chunk: LineChunk) -> EncodedChun
 
 
 def _start_worker() -> None:
-    """Prepare a worker: one thread, Ctrl-C left to the parent, and an end when the parent is killed."""
+    """Prepare a worker: one thread, signals to stop left to the parent, and an end when the parent is killed."""
     os.environ[PARALLELISM_VARIABLE] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -251,13 +253,19 @@ def _one_thread() -> Iterator[None]:
             os.environ[PARALLELISM_VARIABLE] = before
 
 
-def _flatten(sequences: Sequence[list[int]], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
-    return np.fromiter(chain.from_iterable(sequences), dtype, int(lengths.sum())), lengths
+def _flatten(sequences: Sequence[bytes], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.fromiter(map(len, sequences), np.int64, len(sequences)) // dtype.itemsize
+    return np.frombuffer(b"".join(sequences), dtype), lengths
 
 
-def _index(values: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Return the distinct values in the order of appearance, and the index of each value among them."""
-    code_of: dict[str, int] = {}
-    codes = np.fromiter((code_of.setdefault(value, len(code_of)) for value in values), np.uint32, len(values))
-    return list(code_of), codes
+def _index_columns(rows: Sequence[tuple[str, ...]]) -> dict[str, tuple[list[str], np.ndarray]]:
+    """Return, of each column, its values in the order of appearance, and the index of each row's value among them."""
+    code_of: dict[tuple[str, ...], int] = {}
+    codes = np.fromiter((code_of.setdefault(row, len(code_of)) for row in rows), np.uint32, len(rows))
+    columns = {}
+    for number, name in enumerate(COLUMNS):
+        values = [row[number] for row in code_of]
+        index_of = {value: index for index, value in enumerate(dict.fromkeys(values))}
+        table = np.array([index_of[value] for value in values], np.uint32)
+        columns[name] = list(index_of), table[codes]
+    return columns

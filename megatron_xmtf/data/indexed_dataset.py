@@ -1,4 +1,4 @@
-"""Read and write Megatron's memory-mapped token files, `MMIDIDX` version 1, byte for byte.
+"""Read Megatron's memory-mapped token files, `MMIDIDX` version 1, byte for byte.
 
     <prefix>.bin    token ids of all sequences one after another, little-endian, no header
     <prefix>.idx    offset    bytes  content                     N sequences, D = documents + 1
@@ -21,19 +21,16 @@ Source: the layout of megatron.core.datasets.indexed_dataset, megatron-core 0.16
 
 from __future__ import annotations
 
-import hashlib
 import struct
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from megatron_xmtf.errors import DatasetError
-from megatron_xmtf.files import atomic_write
 
-__all__ = ["IndexedDataset", "IndexedDatasetWriter", "WrittenFile", "token_dtype"]
+__all__ = ["IndexedDataset", "token_dtype", "with_suffix"]
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -47,7 +44,6 @@ UINT16_VOCAB_LIMIT = 65500
 """Vocabularies below this are stored in uint16, as Megatron's `optimal_dtype` does."""
 BLOCK = 1 << 22
 """Index entries verified at a time: 32 MiB of int64."""
-INT32_MAX = 2**31 - 1
 REMEDY = "preprocess it again, or copy it again from where it is whole"
 
 
@@ -67,8 +63,6 @@ class IndexedDataset:
 
     path_prefix: Path
     dtype: np.dtype[Any]
-    lengths: np.ndarray
-    """int32 [sequences], tokens of each sequence."""
     document_indices: np.ndarray
     """int64 [documents + 1], first sequence of each document."""
 
@@ -77,7 +71,7 @@ class IndexedDataset:
 
     def _open(self, path_prefix: Path, *, verify: bool) -> None:
         self.path_prefix = path_prefix
-        self.idx_path, self.bin_path = _with_suffix(path_prefix, ".idx"), _with_suffix(path_prefix, ".bin")
+        self.idx_path, self.bin_path = with_suffix(path_prefix, ".idx"), with_suffix(path_prefix, ".bin")
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
                 raise DatasetError(
@@ -86,8 +80,7 @@ class IndexedDataset:
                 )
         self.dtype, count, document_count = _read_header(self.idx_path)
         index = np.memmap(self.idx_path, dtype=np.uint8, mode="r")
-        # Copied: offset 34 is misaligned for int32, and lengths are read over and over.
-        self.lengths = np.frombuffer(index, "<i4", count, HEADER.size).copy()
+        self._lengths = np.frombuffer(index, "<i4", count, HEADER.size)
         self._offsets = np.frombuffer(index, "<i8", count, HEADER.size + 4 * count)
         self.document_indices = np.frombuffer(index, "<i8", document_count, HEADER.size + 12 * count)
         self._bin_bytes = self.bin_path.stat().st_size
@@ -100,13 +93,22 @@ class IndexedDataset:
             self._tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r").view(np.ndarray)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self._lengths)
 
     def __getitem__(self, index: int) -> np.ndarray:
         if not -len(self) <= index < len(self):
             raise IndexError(f"sequence {index} of {self.path_prefix}, which has {len(self)}")
         start = int(self._offsets[index]) // self.dtype.itemsize
-        return self._tokens[start : start + int(self.lengths[index])]
+        return self._tokens[start : start + int(self._lengths[index])]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence, int32 [sequences]: a copy in memory, made when it is first asked for.
+
+        The map itself is misaligned for int32 (it begins at byte 34), which slows whole passes down. A training rank
+        reads single sequences and never needs the copy: 0.3 GB for 80 million sequences.
+        """
+        return self._lengths.copy()
 
     @property
     def num_tokens(self) -> int:
@@ -136,10 +138,10 @@ class IndexedDataset:
         """Check lengths, offsets and documents in blocks, then the size of .bin."""
         itemsize, offset = self.dtype.itemsize, 0
         for start in range(0, len(self), BLOCK):
-            lengths = self.lengths[start : start + BLOCK]
+            lengths = self._lengths[start : start + BLOCK].copy()
             if int(lengths.min()) < 0:
                 bad = start + int(np.argmax(lengths < 0))
-                self._refuse(f"sequence {bad} has {self.lengths[bad]} tokens; a length is never negative")
+                self._refuse(f"sequence {bad} has {self._lengths[bad]} tokens; a length is never negative")
             ends = offset + np.cumsum(lengths, dtype=np.int64) * itemsize
             expected = np.concatenate(([offset], ends[:-1]))
             wrong = self._offsets[start : start + BLOCK] != expected
@@ -200,115 +202,6 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
     return np.dtype(DTYPE_OF_CODE[code]), count, document_count
 
 
-@dataclass(frozen=True)
-class WrittenFile:
-    """Size and content hash of a finished file."""
-
-    bytes: int
-    """Length of the file."""
-    sha256: str
-    """Hexadecimal SHA-256, computed while writing."""
-
-
-class IndexedDatasetWriter:
-    """Write `<path_prefix>.bin` and `.idx`; a context manager. Neither name exists until everything is written.
-
-    with IndexedDatasetWriter("data/train_text_document", dtype=token_dtype(vocab_size)) as writer:
-        writer.add(np.array([5, 6, 7, 8]), np.array([3, 1]))     # two sequences: [5, 6, 7] and [8]
-    writer.files                                                 # {".bin": WrittenFile, ".idx": WrittenFile}
-
-    The .idx is written last. Memory: 4 bytes a sequence (12 more while the index is written).
-    """
-
-    def __init__(self, path_prefix: Path | str, *, dtype: np.dtype[Any]) -> None:
-        self.path_prefix = Path(path_prefix)
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        if self.dtype not in CODE_OF_DTYPE:
-            raise DatasetError(f"token ids cannot be stored as {self.dtype.name}; use uint16 or int32.")
-        self.num_tokens = 0
-        self.files: dict[str, WrittenFile] = {}
-        self._lengths: list[np.ndarray] = []
-        self._documents: list[np.ndarray] = []
-        self._digest = hashlib.sha256()
-        self._context = atomic_write(_with_suffix(self.path_prefix, ".bin"), "wb")
-
-    def __enter__(self) -> IndexedDatasetWriter:
-        self._stream = self._context.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._context.__exit__(kind, error, trace)
-        if kind is None:
-            size = self.num_tokens * self.dtype.itemsize
-            self.files[".bin"] = WrittenFile(size, self._digest.hexdigest())
-            self.files[".idx"] = self._write_index()
-
-    def add(self, tokens: np.ndarray, lengths: np.ndarray, *, document_lengths: np.ndarray | None = None) -> None:
-        """Append sequences.
-
-        Args:    tokens: integers [sum(lengths)], the sequences one after another.
-                 lengths: integers [sequences], tokens of each. document_lengths: integers [documents], sequences
-                 of each document; by default every sequence is a document.
-        Raises:  DatasetError: an id that `dtype` cannot hold.
-        """
-        assert int(lengths.sum()) == len(tokens), "lengths do not add up to the tokens given"
-        assert document_lengths is None or int(document_lengths.sum()) == len(lengths), "documents do not add up"
-        if len(tokens) and tokens.dtype != self.dtype:
-            limits = np.iinfo(self.dtype)
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < limits.min or high > limits.max:
-                raise DatasetError(
-                    f"token ids from {low} to {high} do not fit {self.dtype.name} ({limits.min} to {limits.max}); "
-                    "the vocabulary size given is not that of the tokenizer."
-                )
-        if len(lengths) and int(lengths.max()) > INT32_MAX:
-            raise DatasetError(f"a sequence has {int(lengths.max())} tokens; the format holds at most {INT32_MAX}.")
-        data = _raw_bytes(np.ascontiguousarray(tokens, dtype=self.dtype))
-        self._stream.write(data)
-        self._digest.update(data)
-        self.num_tokens += len(tokens)
-        self._lengths.append(lengths.astype("<i4"))
-        if document_lengths is None:
-            document_lengths = np.ones(len(lengths), np.int8)
-        self._documents.append(document_lengths)
-
-    def lengths(self) -> np.ndarray:
-        """Return the tokens of each sequence so far, int32 [sequences]."""
-        return np.concatenate([np.empty(0, "<i4"), *self._lengths])
-
-    def _write_index(self) -> WrittenFile:
-        lengths = self.lengths()
-        documents = np.concatenate([np.empty(0, np.int8), *self._documents])
-        digest = hashlib.sha256()
-        path = _with_suffix(self.path_prefix, ".idx")
-        with atomic_write(path, "wb") as stream:
-            for part in (
-                HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[self.dtype], len(lengths), len(documents) + 1),
-                lengths,
-                _exclusive_sum(lengths, self.dtype.itemsize)[:-1],
-                _exclusive_sum(documents, 1),
-            ):
-                data = part if isinstance(part, bytes) else _raw_bytes(part)
-                stream.write(data)
-                digest.update(data)
-        return WrittenFile(HEADER.size + 12 * len(lengths) + 8 * (len(documents) + 1), digest.hexdigest())
-
-
-def _raw_bytes(array: np.ndarray) -> memoryview | bytes:
-    """Return the memory of a contiguous array without a copy; an empty one cannot be cast."""
-    return array.data.cast("B") if array.size else b""
-
-
-def _exclusive_sum(values: np.ndarray, scale: int) -> np.ndarray:
-    """Return int64 [len(values) + 1]: 0, v0, v0 + v1 ..., times `scale`."""
-    sums = np.zeros(len(values) + 1, "<i8")
-    np.cumsum(values, out=sums[1:], dtype=np.int64)
-    sums *= scale
-    return sums
-
-
-def _with_suffix(path_prefix: Path, suffix: str) -> Path:
+def with_suffix(path_prefix: Path, suffix: str) -> Path:
     """Append `suffix`; unlike `Path.with_suffix` a dot in the name stays."""
     return path_prefix.with_name(path_prefix.name + suffix)

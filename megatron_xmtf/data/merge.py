@@ -45,7 +45,9 @@ def merge_datasets(
     dtype = next(iter(first.halves.values())).dtype
     with_documents = not _without_documents(datasets)
     total = sum(len(dataset) for dataset in datasets)
-    with ExampleDatasetWriter(output_prefix, kind=first.kind, dtype=dtype, overwrite=overwrite) as writer:
+    with ExampleDatasetWriter(
+        output_prefix, kind=first.kind, dtype=dtype, overwrite=overwrite, with_documents=with_documents
+    ) as writer:
         with Progress("merge", total=total, unit="examples", enabled=show_progress) as progress:
             for dataset in datasets:
                 columns = {

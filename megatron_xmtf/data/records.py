@@ -1,4 +1,4 @@
-"""Read records out of JSON Lines: cut files into chunks of whole lines, turn a line into strings.
+"""Read records out of JSON Lines: turn a line into strings.
 
 A record format names the fields that are read; it is chosen, never guessed:
 
@@ -22,20 +22,19 @@ never tears them apart. It is the first 8 bytes, little-endian, of the SHA-256 o
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal, NamedTuple
+
+import orjson
 
 from megatron_xmtf.data.dataset_manifest import COLUMNS, Kind
-from megatron_xmtf.errors import ConfigError, RecordError, nearest_names
-from megatron_xmtf.files import require_file
+from megatron_xmtf.errors import ConfigError, nearest_names
 
-__all__ = ["FIELDS", "BadRecord", "LineChunk", "Record", "RecordFormat", "RecordParser", "read_chunks"]
+__all__ = ["FIELDS", "BadRecord", "InputPosition", "LineChunk", "Record", "RecordFormat", "RecordParser"]
 
 RecordFormat = Literal["records", "prompt_completion", "instruction", "messages"]
 FIELDS: dict[RecordFormat, tuple[str, ...]] = {
@@ -45,11 +44,11 @@ FIELDS: dict[RecordFormat, tuple[str, ...]] = {
     "messages": ("messages",),
 }
 """Fields that each record format reads, for kind "pairs"."""
-CHUNK_BYTES = 1 << 20
-"""Bytes of lines handed to a worker at a time; some thousand records."""
-LINE_LIMIT_BYTES = 1 << 26
-"""Longest line that is read, 64 MiB: a file without line ends must not fill the memory."""
-UTF8_MARK = b"\xef\xbb\xbf"
+COLUMNS_LIMIT = 1 << 14
+"""Combinations of columns that are remembered."""
+COLON = b'":'
+LATE_COLON = re.compile(rb'"[ \t\r]+:')
+"""Behind a key, and rarely in a text."""
 
 
 class BadRecord(Exception):
@@ -61,6 +60,20 @@ class BadRecord(Exception):
 
 
 @dataclass(frozen=True)
+class InputPosition:
+    """The start of a line somewhere in the input files: where reading goes on."""
+
+    file: int = 0
+    """Number of the file, from 0."""
+    offset: int = 0
+    """Bytes of the file before the line, decompressed."""
+    line: int = 1
+    """Number of the line in its file, from 1."""
+    bytes_read: int = 0
+    """Bytes read so far as they lie on the disk (compressed for .gz and .zst), earlier files included."""
+
+
+@dataclass(frozen=True)
 class LineChunk:
     """Some whole lines of a file."""
 
@@ -68,12 +81,11 @@ class LineChunk:
     first_line: int
     """Number of the first of them in the file, counting from 1."""
     data: bytes
-    position: int
-    """Bytes read so far, as they lie on the disk (compressed for .gz), earlier files included."""
+    position: InputPosition
+    """Of the line after them."""
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """The strings of one record; for kind "text" the text is `targets` and `inputs` is empty."""
 
     inputs: str
@@ -82,37 +94,6 @@ class Record:
     """Values of `COLUMNS`; "" where the record does not say."""
     document: int
     """Number of the document that the record was made of, below 2^64."""
-
-
-def read_chunks(path: Path, *, chunk_bytes: int = CHUNK_BYTES, offset: int = 0) -> Iterator[LineChunk]:
-    """Cut a .jsonl or .jsonl.gz file into chunks of whole lines; a byte order mark at its start is dropped.
-
-    Args:    chunk_bytes: bytes read at a time. offset: bytes of earlier files, to be counted in `position`.
-    Raises:  MissingError: no such file. RecordError: a line over 64 MiB, or a damaged .gz.
-    """
-    require_file(path)
-    with open(path, "rb") as raw:
-        stream: IO[bytes] = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
-        line, rest = 1, b""
-        while True:
-            try:
-                block = stream.read(chunk_bytes)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise RecordError(f"{path} is a damaged or truncated gzip file ({error}); copy it again.") from error
-            end = block.rfind(b"\n") + 1
-            data, rest = (rest + block[:end], block[end:]) if end else (b"", rest + block)
-            if not block:
-                data, rest = rest, b""
-            if line == 1:  # the first chunk: it begins with the whole first line
-                data = data.removeprefix(UTF8_MARK)
-            if data:
-                yield LineChunk(str(path), line, data, offset + raw.tell())
-                line += data.count(b"\n")
-            if not block:
-                return
-            if len(rest) > LINE_LIMIT_BYTES:
-                limit = LINE_LIMIT_BYTES >> 20
-                raise RecordError(f"{path}:{line} is longer than {limit} MiB; give one JSON object a line.")
 
 
 def document_number(content: str, *, document: str, dataset: str, identity: str) -> int:
@@ -139,7 +120,9 @@ class RecordParser:
                 f"field map names {unknown[0]!r}, which {kind} of format {record_format} does not read; "
                 + nearest_names(unknown[0], [*fields, *optional])
             )
+        self._columns: dict[tuple[Any, ...], tuple[str, ...]] = {}
         self._names = {name: field_map.get(name, name) for name in (*fields, *optional)}
+        self._column_names = [self._names[name] for name in COLUMNS]
         readers: dict[RecordFormat, Callable[[dict[str, Any]], tuple[str, str]]] = {
             "records": lambda row: (self._text(row, "inputs"), self._text(row, "targets")),
             "prompt_completion": lambda row: (self._text(row, "prompt"), self._text(row, "completion")),
@@ -154,11 +137,14 @@ class RecordParser:
         Raises:  BadRecord: not UTF-8, not JSON, not an object, a key twice, a field missing or no string, or a
                  string that is not Unicode text.
         """
-        row = _read_object(line)
+        row = _read_quickly(line)
+        strictly = row is None or type(row.get(self._names["id"])) is float  # an id of more than 64 bits, to orjson
+        if row is None or strictly:
+            row = _read_object(line)
         inputs, targets = self._read(row)
-        columns = tuple(self._optional(row, name) for name in COLUMNS)
+        columns = self._read_columns(row)
         document, identity = self._optional(row, "document"), self._identity(row)
-        if b"\\u" in line:  # only an escape can smuggle a surrogate past the UTF-8 decoder
+        if strictly and b"\\u" in line:  # only an escape can smuggle a surrogate past the UTF-8 decoder
             for text in (inputs, targets, *columns, document, identity):
                 try:
                     text.encode("utf-8")
@@ -181,6 +167,20 @@ class RecordParser:
 
     def _optional(self, row: dict[str, Any], name: str) -> str:
         return "" if row.get(self._names[name]) is None else self._text(row, name)
+
+    def _read_columns(self, row: dict[str, Any]) -> tuple[str, ...]:
+        """Return the columns; the same few combinations come again and again."""
+        values = tuple(map(row.get, self._column_names))
+        try:
+            columns = self._columns.get(values)
+        except TypeError:  # a list or an object, which cannot be looked up
+            columns = None
+        if columns is None:
+            columns = tuple(self._optional(row, name) for name in COLUMNS)
+            if len(self._columns) >= COLUMNS_LIMIT:
+                self._columns.clear()
+            self._columns[values] = columns
+        return columns
 
     def _identity(self, row: dict[str, Any]) -> str:
         value = row.get(self._names["id"])
@@ -207,6 +207,34 @@ class RecordParser:
         if messages[-1]["role"] != "assistant":
             raise BadRecord("bad_messages", "the last message is not the assistant's, so there is no target")
         return "\n\n".join(contents[:-1]), contents[-1]
+
+
+def _read_quickly(line: bytes) -> dict[str, Any] | None:
+    """Read a line with orjson, which keeps the last of two equal keys; None: `_read_object` must look at it.
+
+    Every key is followed by a colon, and in a text a quote before a colon is an escaped one: there are at most as many
+    keys as `":`. When there are as many as different keys, no key was there twice:
+
+        {"inputs": "a: b", "id": "7"}             2 of `":`, 2 keys
+        {"id": "6", "inputs": "a", "id": "7"}     3 of `":`, 2 keys: read again
+        {"inputs": "say \\"a\\": b"}              2 of `":`, 1 key: read again, and accepted
+    """
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    if type(row) is not dict:
+        return None
+    colons = line.count(COLON)
+    if b" :" in line or b"\t" in line or b"\r" in line:
+        colons += len(LATE_COLON.findall(line))
+    return row if colons == len(row) or colons == _count_keys(row) else None
+
+
+def _count_keys(value: Any) -> int:
+    if isinstance(value, dict):
+        return len(value) + sum(map(_count_keys, value.values()))
+    return sum(map(_count_keys, value)) if isinstance(value, list) else 0
 
 
 def _read_object(line: bytes) -> dict[str, Any]:

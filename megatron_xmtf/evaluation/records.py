@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_xmtf.data.records import read_chunks
+from megatron_xmtf.data.line_chunks import read_chunks
 from megatron_xmtf.errors import RecordError
 from megatron_xmtf.evaluation.task_file import TaskSettings
 from megatron_xmtf.prompts import load_templates, read_rows, render_rows, select_templates, source_from_mapping

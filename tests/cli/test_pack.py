@@ -5,7 +5,7 @@ import pytest
 
 from megatron_xmtf.cli import main
 from megatron_xmtf.config import load_config
-from megatron_xmtf.data.indexed_dataset import IndexedDatasetWriter
+from megatron_xmtf.data.indexed_writer import IndexedDatasetWriter
 from megatron_xmtf.data.mixture import open_datasets
 from megatron_xmtf.data.packing import index_directory, open_packing_index
 from megatron_xmtf.data.rows import PackedRows

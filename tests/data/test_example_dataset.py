@@ -13,7 +13,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_xmtf.cli import main
 from megatron_xmtf.data.dataset_manifest import length_statistics
 from megatron_xmtf.data.example_dataset import ExampleDataset
-from megatron_xmtf.data.indexed_dataset import IndexedDatasetWriter
+from megatron_xmtf.data.indexed_writer import IndexedDatasetWriter
 from megatron_xmtf.data.merge import merge_datasets
 from megatron_xmtf.data.preprocess import preprocess
 from megatron_xmtf.data.tokenizer import Tokenizer

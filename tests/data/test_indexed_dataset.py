@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDataset
 
-from megatron_xmtf.data.indexed_dataset import HEADER, IndexedDataset, IndexedDatasetWriter, token_dtype
+from megatron_xmtf.data.indexed_dataset import HEADER, IndexedDataset, token_dtype
+from megatron_xmtf.data.indexed_writer import IndexedDatasetWriter
 from megatron_xmtf.errors import DatasetError
 
 SEQUENCES = [[5, 6, 7], [8], [9, 10], [], [65499] * 50]
@@ -83,8 +84,7 @@ def test_offsets_pass_2_to_the_31(tmp_path: Path) -> None:
     """An index over 6 GiB of tokens (a sparse .bin) is written and read in 64 bits."""
     with IndexedDatasetWriter(tmp_path / "d", dtype=np.dtype(np.int32)) as writer:
         # Lengths as if 3 x 2^29 tokens had been written; the tokens themselves are added below.
-        writer._lengths.append(np.array([2**29, 2**29, 2**29], "<i4"))
-        writer._documents.append(np.ones(3, np.int8))
+        writer._parts[".lengths"].write(np.array([2**29, 2**29, 2**29], "<i4").tobytes())
     with open(tmp_path / "d.bin", "r+b") as stream:
         stream.truncate(3 * 2**29 * 4)
     dataset = IndexedDataset(tmp_path / "d")

@@ -19,8 +19,9 @@ from transformers import AutoTokenizer
 
 from megatron_xmtf.cli import main
 from megatron_xmtf.data.example_dataset import ExampleDataset
+from megatron_xmtf.data.example_writer import ExampleDatasetWriter
+from megatron_xmtf.data.line_chunks import read_chunks
 from megatron_xmtf.data.preprocess import preprocess
-from megatron_xmtf.data.records import read_chunks
 from megatron_xmtf.errors import ConfigError, DatasetError, DiskFullError, MissingError, RankFailedError, RecordError
 
 GOOD = '{"inputs": "How many months?", "targets": "twelve"}'
@@ -309,7 +310,6 @@ def test_killed_at_any_step_nothing_half_written_opens(
 
 
 def test_two_runs_do_not_write_one_prefix(tmp_path: Path, tokenizer_directory: Path) -> None:
-    from megatron_xmtf.data.example_writer import ExampleDatasetWriter
 
     source = write(tmp_path / "r.jsonl", GOOD)
     with ExampleDatasetWriter(tmp_path / "out" / "d", kind="pairs", dtype=np.dtype(np.int32), overwrite=False):
@@ -324,7 +324,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path, tokenizer_directory: Path, mon
     def no_space(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for name in ("os.fsync", "os.replace", "numpy.savez"):
+    for name in ("os.fsync", "os.replace", "zipfile.ZipFile.open"):
         with monkeypatch.context() as patch:
             patch.setattr(name, no_space)
             with pytest.raises(DiskFullError, match="no space left"):
@@ -336,13 +336,20 @@ def test_killed_worker_ends_the_run(tmp_path: Path, tokenizer_directory: Path, m
     import multiprocessing
 
     source = write(tmp_path / "r.jsonl", *many_records(6000))
-    monkeypatch.setattr(
-        "megatron_xmtf.data.example_writer.ExampleDatasetWriter.add",
-        lambda *_, **__: [os.kill(child.pid, signal.SIGKILL) for child in multiprocessing.active_children()],
-    )
-    with pytest.raises(RankFailedError, match="worker processes was killed"):
-        run([source], tokenizer_directory, tmp_path / "out" / "d", workers=2)
-    assert files_of(tmp_path / "out") == {}
+    add = ExampleDatasetWriter.add
+
+    def add_and_kill(*arguments: object, **options: object) -> None:
+        add(*arguments, **options)
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExampleDatasetWriter, "add", add_and_kill)
+        with pytest.raises(RankFailedError, match="worker processes was killed.* first [0-9,]+ records is kept in"):
+            run([source], tokenizer_directory, tmp_path / "out" / "d", workers=2)
+    run([source], tokenizer_directory, tmp_path / "out" / "d")
+    run([source], tokenizer_directory, tmp_path / "undisturbed" / "d")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
 
 
 def test_workers_end_when_the_run_is_killed(tmp_path: Path, tokenizer_directory: Path) -> None:
@@ -408,7 +415,7 @@ def test_verbs(tmp_path: Path, tokenizer_directory: Path, capsys: pytest.Capture
     assert [example["targets_text"] for example in report["examples"]] == [" twelve</s>"] * 2
     assert main(["inspect", f"{prefix}2.json", "--show", "1", "--tokenizer", tokenizer]) == 0
     shown = capsys.readouterr().out
-    assert '" twelve</s>"' in shown and "2 examples of kind pairs" in shown
+    assert "twelve" in shown and "2 examples of kind pairs" in shown
     assert main(["inspect", str(tmp_path)]) == 2
     assert "directory of datasets" in capsys.readouterr().err
 
