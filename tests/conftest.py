@@ -15,6 +15,16 @@ import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real multilingual files beside the checkout (`../shared/data`), not part of the project."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    path = Path(os.environ.get("XMTF_SHARED_DATA", default))
+    if not path.is_dir():
+        pytest.skip(f"the shared data is not at {path}; set XMTF_SHARED_DATA")
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face directory with a tiny random BLOOM and its tokenizer."""
     from tests.tiny import write_tiny_bloom

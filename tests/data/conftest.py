@@ -1,7 +1,6 @@
 """A small byte-level BPE tokenizer trained here, and real files where the checkout has them."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -38,13 +37,3 @@ def make_tokenizer(directory: Path, *, vocab_size: int = 600) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Real multilingual files beside the checkout (`../shared/data`), not part of the project."""
-    default = Path(__file__).parents[3] / "shared" / "data"
-    path = Path(os.environ.get("XMTF_SHARED_DATA", default))
-    if not path.is_dir():
-        pytest.skip(f"no shared data at {path}")
-    return path

@@ -1,23 +1,12 @@
 """Real rows beside the real promptsource templates that were written for such rows."""
 
 import json
-import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-REPOSITORY = Path(__file__).parents[2]
-SHARED_DATA = Path(os.environ.get("XMTF_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    if not SHARED_DATA.is_dir():
-        pytest.skip(f"the shared data is not here ({SHARED_DATA}); set XMTF_SHARED_DATA")
-    return SHARED_DATA
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
