@@ -15,18 +15,18 @@ Source: bigscience-workshop/promptsource, promptsource/templates.py (semantics; 
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jinja2 import Environment, Undefined, nodes, pass_environment
+from jinja2 import Environment, Undefined, meta, nodes, pass_environment
 from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_xmtf.errors import TemplateError, nearest_names
+from megatron_xmtf.prompts.draws import drawn_number
 
-__all__ = ["PromptEnvironment", "check_syntax"]
+__all__ = ["PromptEnvironment", "check_syntax", "constant_text_before", "names_before", "names_in"]
 
 MAX_TEMPLATE_CHARACTERS = 100_000
 """Longer templates are refused before they are parsed; the longest in promptsource has about 10,000."""
@@ -51,9 +51,9 @@ class PromptEnvironment(ImmutableSandboxedEnvironment):
 
     def draw(self, count: int) -> int:
         """Return a number in [0, count), the same on every machine and Python for the same record."""
-        digest = hashlib.sha256(f"{self._key}\0{self._draws}".encode("utf-8", "surrogatepass")).digest()
+        number = drawn_number(self._key, str(self._draws))
         self._draws += 1
-        return int.from_bytes(digest[:8], "big") % count
+        return number % count
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         """Refuse an unsafe attribute at once, whatever the template would do with the value."""
@@ -120,3 +120,40 @@ def check_syntax(text: str, *, where: str) -> None:
         else:
             kind = type(node).__name__.lower()
             raise TemplateError(f"{where}, line {node.lineno}: {kind!r} is refused; a template stands for itself.")
+
+
+def names_in(text: str) -> set[str]:
+    """Return the variables that a template reads from outside (not its loops' or macros' own)."""
+    return set(meta.find_undeclared_variables(PromptEnvironment().parse(text)))
+
+
+def names_before(text: str, separator: str | None, *, until: str | None = None) -> set[str]:
+    """Return the names in a template's expressions up to the separator, or up to the name `until`.
+
+    "{{ premise }} {% if a == 1 %}...{% endif %} ||| {{ b }}"  ->  {"premise", "if", "a", "endif"}
+    """
+    names: set[str] = set()
+    for kind, value in _tokens_before(text, separator):
+        if kind == "name" and value == until:
+            break
+        if kind == "name":
+            names.add(value)
+    return names
+
+
+def constant_text_before(text: str, separator: str) -> str:
+    """Return what a template says itself up to the separator: text, and the strings that it inserts."""
+    said, inserting = [], False
+    for kind, value in _tokens_before(text, separator):
+        inserting = kind == "variable_begin" or (inserting and kind != "variable_end")
+        if kind == "data" or (kind == "string" and inserting):
+            said.append(value)
+    return "".join(said)
+
+
+def _tokens_before(text: str, separator: str | None) -> Iterator[tuple[str, str]]:
+    for _, kind, value in PromptEnvironment().lex(text):
+        if kind == "data" and separator is not None and separator in value:
+            yield kind, value.partition(separator)[0]
+            return
+        yield kind, value

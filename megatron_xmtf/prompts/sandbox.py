@@ -26,7 +26,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from megatron_xmtf.errors import TemplateError
-from megatron_xmtf.prompts.templates import SEPARATOR, Template
+from megatron_xmtf.prompts.templates import SEPARATOR
+from megatron_xmtf.prompts.variants import PosedTemplate
 
 __all__ = ["RenderAnswer", "RenderLimits", "RenderWorker"]
 
@@ -90,26 +91,26 @@ class RenderWorker:
         self._rows_frame = "".join((head, ",".join(rows), "]}")).encode("utf-8")
         self._ids, self._rows_sent = ids, False
 
-    def render(self, template: Template, *, seed: int) -> RenderAnswer:
+    def render(
+        self, posed: PosedTemplate, *, seed: int, only: Sequence[int] | None = None, styles: Sequence[int] | None = None
+    ) -> RenderAnswer:
         """Render one template over the rows at hand.
 
+        Args:    only: numbers of the rows to render, at least one; None: all. styles: for each of them, which of the
+                 template's styles its list of options has; None: the variant has no options.
         Raises:  TemplateError: the template tried what it may not do or broke a limit; the worker is gone then, and
                  the next call starts another.
         """
-        request: dict[str, Any] = {"render": template.name, "seed": seed}
+        request: dict[str, Any] = {"render": posed.name, "seed": seed, "only": only, "styles": styles}
         try:
             if self._process is None:
                 self._start()
             if not self._rows_sent:
                 self._send(self._rows_frame)
                 self._rows_sent = True
-            if template.name not in self._known:
-                request["template"] = {
-                    "prompt": template.prompt_jinja,
-                    "answer_choices": template.answer_choices,
-                    "strip_connection": template.strip_connection,
-                }
-                self._known.add(template.name)
+            if posed.name not in self._known:
+                request["template"] = posed.to_worker()
+                self._known.add(posed.name)
             self._send(json.dumps(request).encode())
             answer = self._receive(self.limits.wall_seconds)
         except BaseException:
@@ -126,7 +127,7 @@ class RenderWorker:
         self.stop()
         on = f"row {self._ids[row]}" if row is not None else f"rows {self._ids[0]} to {self._ids[-1]}"
         raise TemplateError(
-            f"{template.source}: template {template.name!r} {reason} on {on}; mend the template or leave it out."
+            f"{posed.template.source}: template {posed.name!r} {reason} on {on}; mend the template or leave it out."
         )
 
     def stop(self) -> None:

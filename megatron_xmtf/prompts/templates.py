@@ -1,63 +1,36 @@
-r"""Read prompt templates: promptsource's `templates.yaml`, and our own shorter form.
+"""A prompt template, whichever form it was written in; `template_files.py` reads the forms.
 
-Our own form has a list where promptsource has a mapping of uuids:
-
-    dataset: xcopa                       # optional, for every template of the file: dataset, config, language, task
-    language: en                         # the language that the prompts are worded in (not that of the rows)
-    templates:
-      - name: cause_or_effect            # unique in the file
-        input: |                         # Jinja over the fields of a row
-          {{ premise }} {{ "Why?" if question == "cause" else "What then?" }}
-        target: "{{ answer_choices[label] }}"
-        answer_choices: ["{{ choice1 }}", "{{ choice2 }}"]   # a list, or one Jinja expression that renders "a ||| b";
-                                         # left out: open generation
-        metric: accuracy                 # optional; also task, language, dataset, config
-        strip_connection: true           # optional; false keeps the white space where input and target meet (code)
-        truncate_characters: 2048        # optional; cuts every {{ ... }} of input and target (default: nothing is cut)
-        rationale: "{{ explanation }}"   # optional; the reasoning, for variants with `cot`
-        chain_of_thought:                # optional; how input, reasoning and answer are put together under `cot`
-          input: "{{ input }}\nLet's think step by step."                    # default: "{{ input }}"
-          target: "{{ rationale }} The answer is {{ target }}."              # default: "{{ rationale }}\n{{ target }}"
-        metadata: {choices_in_prompt: false, original_task: true, reference: "..."}   # optional
-
-    row       {"premise": "My eyes became red.", "question": "cause", "choice1": "I cried.", "choice2": "I laughed.",
-               "label": 0}
-    inputs    My eyes became red. Why?
-    targets   I cried.
-    choices   ["I cried.", "I laughed."]     choice_index 0
-
-In both forms only `true` and `false` are booleans, so that `no` is a word (and Norwegian) and needs no quotes.
-Promptsource's tags `!Template` and `!TemplateMetadata` are read as plain mappings; every other tag is refused. Its
-rule that `{{ x }}` is cut to 2,048 characters is textual, as there: every `}}` of the prompt becomes
-` | string | truncate(2048) }}`; the answer choices are not cut.
+template    input, `|||`, target; answer choices; for chain of thought a rationale and how it joins the answer
+row         {"premise": "My eyes became red.", "question": "cause", "choice1": "I cried.", "choice2": "I laughed.",
+             "label": 0}
+inputs      My eyes became red. Why?
+targets     I cried.
+choices     ["I cried.", "I laughed."]     choice_index 0
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import cached_property
+from typing import Literal
 
 from megatron_xmtf.errors import TemplateError, nearest_names
-from megatron_xmtf.files import require_file
-from megatron_xmtf.prompts.environment import check_syntax
-from megatron_xmtf.prompts.template_yaml import parse_template_yaml
+from megatron_xmtf.prompts.environment import check_syntax, constant_text_before, names_before, names_in
 
-__all__ = ["Template", "load_templates", "parse_templates", "select_templates"]
+__all__ = ["CHAIN_OF_THOUGHT_INPUT", "CHAIN_OF_THOUGHT_TARGET", "SEPARATOR", "Template", "select_templates"]
 
 SEPARATOR = "|||"
-PROMPTSOURCE_TRUNCATION = 2048
-"""Characters that promptsource leaves of every inserted field (its TEXT_VAR_LENGTH)."""
-MAX_YAML_BYTES = 4 << 20
-LANGUAGE_SUFFIX = re.compile(r"_([a-z]{2,3})[mh]t$")
-"""Names of promptsource's translated templates: `_zhmt` by machine, `_zhht` by people."""
+CHAIN_OF_THOUGHT_INPUT = "{{ input }}"
+CHAIN_OF_THOUGHT_TARGET = "{{ rationale }}\n{{ target }}"
+OPTIONS_BLOCK = "options_block"
+"""Variable of a template's input that stands for the list of options; empty in variants without it."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """One prompt template, whichever form it was written in."""
+    """One prompt template."""
 
     name: str
     jinja: str
@@ -68,12 +41,20 @@ class Template:
     config: str | None = None
     language: str | None = None
     """Language that the prompt is worded in; None where the file does not say."""
+    translation: Literal["human", "machine"] | None = None
+    """How the prompt came into its language; None: written in it, or not known."""
     task: str | None = None
     metrics: tuple[str, ...] = ()
     choices_in_prompt: bool | None = None
     original_task: bool | None = None
     strip_connection: bool = True
     truncate_characters: int | None = None
+    rationale: str | None = None
+    """Jinja of the reasoning that leads to the target; None: the template has no chain of thought."""
+    chain_of_thought_input: str = CHAIN_OF_THOUGHT_INPUT
+    """Jinja over the rendered `input` (and the row) that is the input of a chain of thought."""
+    chain_of_thought_target: str = CHAIN_OF_THOUGHT_TARGET
+    """Jinja over the rendered `rationale` and `target` (and the row), in this order."""
     source: str = "memory"
     """The file, for error messages."""
 
@@ -83,52 +64,64 @@ class Template:
         if self.truncate_characters is None:
             return self.jinja
         # `-}}` and `+}}` control white space and stay at the end; promptsource's own replacement breaks them.
-        return re.sub(r"([-+]?)}}", rf" | string | truncate({self.truncate_characters}) \1}}}}", self.jinja)
+        cut = rf" | string | truncate({self.truncate_characters}) \1}}}}"
+        return re.sub(rf"(?<!{OPTIONS_BLOCK})(?<!{OPTIONS_BLOCK} )([-+]?)}}}}", cut, self.jinja)
 
+    @cached_property
+    def places_options(self) -> bool:
+        """Whether the input says itself where the list of options goes."""
+        return OPTIONS_BLOCK in names_before(self.jinja, SEPARATOR)
 
-def load_templates(path: Path | str) -> list[Template]:
-    """Read a file of templates in either form; their Jinja is parsed, not run.
+    @cached_property
+    def lists_choices(self) -> bool:
+        """Whether the prompt shows its answer choices without any option: as the metadata says, else by its text.
 
-    Raises:  MissingError: no such file. TemplateError: not such a file; names template, line and reason.
-    """
-    path = require_file(path)
-    size = path.stat().st_size
-    if size > MAX_YAML_BYTES:
-        raise TemplateError(f"{path} has {size:,} bytes; a template file may have {MAX_YAML_BYTES:,}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TemplateError(f"{path} is not UTF-8: byte {error.start} cannot be decoded.") from error
-    return parse_templates(parse_template_yaml(text, source=str(path)), source=str(path))
+        The text shows them when the input inserts `answer_choices`, or all the fields that they are made of, or says
+        all the constant ones.
+        """
+        if self.answer_choices is None or self.choices_in_prompt is not None:
+            return self.choices_in_prompt is True
+        names = names_before(self.jinja, SEPARATOR)
+        made_of = names_in(self.answer_choices)
+        if "answer_choices" in names:
+            return True
+        if made_of:
+            return made_of <= names
+        text = constant_text_before(self.jinja, SEPARATOR).casefold()
+        choices = [choice.strip().casefold() for choice in self.answer_choices.split(SEPARATOR)]
+        return all(re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", text) for choice in choices)
 
+    def check(self) -> None:
+        """Parse all of the Jinja; none of it is run.
 
-def parse_templates(values: Any, *, source: str = "memory") -> list[Template]:
-    """Make templates out of a file's content, or out of the same mapping made in memory.
+        Raises:  TemplateError: a syntax error, no separator, a chain of thought that does not put the rationale
+                 before the answer.
+        """
+        where = f"{self.source}: template {self.name!r}"
+        if SEPARATOR not in self.jinja:
+            raise TemplateError(f"{where} has no {SEPARATOR!r} between input and target.")
+        check_syntax(self.jinja, where=where)
+        if self.truncate_characters is not None:
+            cut = f"{where} with the truncation to {self.truncate_characters} characters written in"
+            check_syntax(self.prompt_jinja, where=cut)
+        if self.answer_choices is not None:
+            check_syntax(self.answer_choices, where=f"{where}: answer_choices")
+        if self.rationale is not None:
+            check_syntax(self.rationale, where=f"{where}: rationale")
+            check_syntax(self.chain_of_thought_input, where=f"{where}: chain_of_thought.input")
+            check_syntax(self.chain_of_thought_target, where=f"{where}: chain_of_thought.target")
+            self._check_order(where)
 
-    Args:    values: {"templates": [...]} of our form, or promptsource's {"dataset", "subset", "templates": {...}}.
-    Raises:  TemplateError: as `load_templates`.
-    """
-    if not isinstance(values, Mapping) or not isinstance(values.get("templates"), list | Mapping):
-        raise TemplateError(
-            f"{source} is not a template file: it needs a key `templates` with a list (our form) or a mapping of "
-            "uuids (promptsource)."
-        )
-    entries = values["templates"]
-    if isinstance(entries, list):
-        defaults = _known(values, {"templates", *_OWN_DEFAULTS}, f"{source}: top level")
-        found = [_own_template(entry, defaults, number, source) for number, entry in enumerate(entries)]
-    else:
-        _known(values, {"dataset", "subset", "templates"}, f"{source}: top level")
-        found = [_promptsource_template(entry, values, str(uuid), source) for uuid, entry in entries.items()]
-    if not found:
-        raise TemplateError(f"{source} holds no template.")
-    seen: set[str] = set()
-    for template in found:
-        if template.name in seen:
-            raise TemplateError(f"{source}: two templates are named {template.name!r}; records go by the name.")
-        seen.add(template.name)
-        _check(template)
-    return found
+    def _check_order(self, where: str) -> None:
+        if "input" not in names_in(self.chain_of_thought_input):
+            raise TemplateError(f"{where}: chain_of_thought.input does not insert {{{{ input }}}}, the prompt itself.")
+        # Everything up to the first mention of the target: no text is the separator here.
+        names = names_before(self.chain_of_thought_target, None, until="target")
+        if "target" not in names_in(self.chain_of_thought_target) or "rationale" not in names:
+            raise TemplateError(
+                f"{where}: chain_of_thought.target must insert {{{{ rationale }}}} and after it {{{{ target }}}}: "
+                "reasoning that follows its answer explains nothing."
+            )
 
 
 def select_templates(templates: Iterable[Template], names: Iterable[str]) -> list[Template]:
@@ -141,141 +134,3 @@ def select_templates(templates: Iterable[Template], names: Iterable[str]) -> lis
     for name in sorted(wanted - set(by_name)):
         raise TemplateError(f"no template is named {name!r}; {nearest_names(name, by_name)}.")
     return [template for name, template in by_name.items() if name in wanted]
-
-
-def _check(template: Template) -> None:
-    where = f"{template.source}: template {template.name!r}"
-    if SEPARATOR not in template.jinja:
-        raise TemplateError(f"{where} has no {SEPARATOR!r} between input and target.")
-    check_syntax(template.jinja, where=where)
-    if template.truncate_characters is not None:
-        cut = f"{where} with the truncation to {template.truncate_characters} characters written in"
-        check_syntax(template.prompt_jinja, where=cut)
-    if template.answer_choices is not None:
-        check_syntax(template.answer_choices, where=f"{where}: answer_choices")
-
-
-_OWN_DEFAULTS = ("dataset", "config", "language", "task")
-_OWN_KEYS = {
-    "name",
-    "input",
-    "target",
-    "answer_choices",
-    "metric",
-    "strip_connection",
-    "truncate_characters",
-    "metadata",
-}
-
-
-def _own_template(entry: Any, defaults: Mapping[str, Any], number: int, source: str) -> Template:
-    where = f"{source}: template {number}"
-    if not isinstance(entry, Mapping):
-        raise TemplateError(f"{where} is a {type(entry).__name__}; a template is a mapping with name, input, target.")
-    name = _string(entry, "name", where, required=True)
-    where = f"{source}: template {name!r}"
-    values = _known(entry, {*_OWN_KEYS, *_OWN_DEFAULTS}, where)
-    metadata = _known(
-        values.get("metadata") or {}, {"choices_in_prompt", "original_task", "reference"}, f"{where}: metadata"
-    )
-    text, target = _string(values, "input", where, required=True), _string(values, "target", where, required=True)
-    if SEPARATOR in text or SEPARATOR in target:
-        raise TemplateError(f"{where}: {SEPARATOR!r} stands between input and target by itself; remove it.")
-    metric = _string(values, "metric", where)
-    return Template(
-        name=name,
-        jinja=f"{text}{SEPARATOR}{target}",
-        answer_choices=_own_choices(values.get("answer_choices"), where),
-        strip_connection=_boolean(values, "strip_connection", where) is not False,
-        truncate_characters=_positive(values, "truncate_characters", where),
-        metrics=(metric,) if metric else (),
-        choices_in_prompt=_boolean(metadata, "choices_in_prompt", where),
-        original_task=_boolean(metadata, "original_task", where),
-        source=source,
-        **{key: _string(values, key, where) or _string(defaults, key, source) or None for key in _OWN_DEFAULTS},
-    )
-
-
-def _own_choices(value: Any, where: str) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list | tuple) or not value:
-        raise TemplateError(f"{where}: answer_choices={value!r} is neither a list nor a Jinja expression.")
-    for choice in value:
-        if isinstance(choice, bool) or not isinstance(choice, str | int | float):
-            raise TemplateError(f"{where}: the answer choice {choice!r} is not a string; put it in quotes.")
-        if SEPARATOR in str(choice):
-            raise TemplateError(
-                f"{where}: the answer choice {choice!r} holds {SEPARATOR!r}; list the choices one by one."
-            )
-    return f" {SEPARATOR} ".join(str(choice) for choice in value)
-
-
-def _promptsource_template(entry: Any, values: Mapping[str, Any], uuid: str, source: str) -> Template:
-    where = f"{source}: template {uuid}"
-    if not isinstance(entry, Mapping):
-        raise TemplateError(f"{where} is a {type(entry).__name__}; a template is a mapping with name and jinja.")
-    name = _string(entry, "name", where, required=True)
-    where = f"{source}: template {name!r}"
-    entry = _known(entry, {"answer_choices", "id", "jinja", "metadata", "name", "reference"}, where)
-    metadata = _known(
-        entry.get("metadata") or {},
-        {"choices_in_prompt", "languages", "metrics", "original_task"},
-        f"{where}: metadata",
-    )
-    languages, metrics = _strings(metadata, "languages", where), _strings(metadata, "metrics", where)
-    translated = LANGUAGE_SUFFIX.search(name)
-    choices = _string(entry, "answer_choices", where)
-    return Template(
-        name=name,
-        jinja=_string(entry, "jinja", where, required=True),
-        # An empty expression is promptsource's other spelling of null.
-        answer_choices=choices if choices.strip() else None,
-        dataset=_string(values, "dataset", source) or None,
-        config=_string(values, "subset", source) or None,
-        language=translated[1] if translated else languages[0] if len(languages) == 1 else None,
-        metrics=metrics,
-        choices_in_prompt=_boolean(metadata, "choices_in_prompt", where),
-        original_task=_boolean(metadata, "original_task", where),
-        truncate_characters=PROMPTSOURCE_TRUNCATION,
-        source=source,
-    )
-
-
-def _known(values: Any, known: set[str], where: str) -> Mapping[str, Any]:
-    if not isinstance(values, Mapping):
-        raise TemplateError(f"{where} is a {type(values).__name__}, not a mapping.")
-    for key in values:
-        if key not in known:
-            raise TemplateError(f"{where}: unknown key {key!r}, {nearest_names(str(key), known)}.")
-    return values
-
-
-def _string(values: Mapping[str, Any], key: str, where: str, *, required: bool = False) -> str:
-    value = values.get(key)
-    if value is None and not required:
-        return ""
-    if not isinstance(value, str) or (required and not value):
-        raise TemplateError(f"{where}: {key}={value!r} is not a {'non-empty ' if required else ''}string.")
-    return value
-
-
-def _strings(values: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
-    value = values.get(key) or []
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise TemplateError(f"{where}: {key}={value!r} is not a list of strings.")
-    return tuple(value)
-
-
-def _boolean(values: Mapping[str, Any], key: str, where: str) -> bool | None:
-    value = values.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise TemplateError(f"{where}: {key}={value!r} is neither true nor false.")
-    return value
-
-
-def _positive(values: Mapping[str, Any], key: str, where: str) -> int | None:
-    value = values.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise TemplateError(f"{where}: {key}={value!r} is not a positive number of characters.")
-    return value

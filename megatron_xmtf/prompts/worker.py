@@ -9,9 +9,11 @@ process, feeds it and kills it.
     request    {"limits": {...}}                                        once, at the start
                {"rows": [...], "ids": [...], "protect": [3, ...]}       no answer; the rows of the next renders, and
                                                                         the numbers of those that hold `|||`
-               {"render": "name", "seed": 0, "template": {...}}         template only on its first use
+               {"render": "name+options", "seed": 0, "only": [3, ...] or null, "styles": [1, ...] or null,
+                "template": {...}}                                      template only on its first use; one style a row
     answer     {"ready": true}                                          to the limits
-               {"records": [...], "undefined": {...}}                   one entry a row, see `render_row`
+               {"records": [...], "undefined": {...}}                   one entry a row, see `render_row`; of all
+                                                                        rows, or of those that are numbered in `only`
                {"refused": "reason", "row": 17}                         the template as a whole is refused
 """
 
@@ -30,6 +32,7 @@ from jinja2 import Template as JinjaTemplate
 from jinja2.exceptions import SecurityError, UndefinedError
 
 from megatron_xmtf.prompts.environment import PromptEnvironment
+from megatron_xmtf.prompts.options import OptionStyle, with_options
 
 __all__ = ["main", "read_frame", "render_row", "write_frame"]
 
@@ -48,27 +51,49 @@ class OutputLimitError(Exception):
 
 
 class CompiledTemplate:
-    """A template's Jinja, compiled, with what follows the rendering."""
+    """A template's Jinja in one variant, compiled, with what follows the rendering."""
 
     def __init__(self, environment: PromptEnvironment, values: Mapping[str, Any]) -> None:
+        def compiled(name: str) -> JinjaTemplate | None:
+            return None if values[name] is None else environment.from_string(values[name])
+
         self.prompt: JinjaTemplate = environment.from_string(values["prompt"])
-        choices = values["answer_choices"]
-        self.choices: JinjaTemplate | None = None if choices is None else environment.from_string(choices)
+        self.choices = compiled("answer_choices")
         self.strip_connection: bool = values["strip_connection"]
+        self.draw_name: str = values["draw_name"]
+        """What draws follow from: the same in all variants, which so draw the same words."""
+        self.styles = [OptionStyle("", heading, marker) for heading, marker in values["option_styles"]]
+        """Styles of option lists; empty: the variant has no options."""
+        self.letters: bool = values["letters"]
+        self.places_options: bool = values["places_options"]
+        self.rationale = compiled("rationale")
+        """None: the variant has no chain of thought."""
+        self.thought_input, self.thought_target = compiled("thought_input"), compiled("thought_target")
 
 
-def render_row(template: CompiledTemplate, row: dict[str, Any], *, marker: str | None, max_characters: int) -> Outcome:
+def render_row(
+    template: CompiledTemplate,
+    row: dict[str, Any],
+    *,
+    marker: str | None,
+    style: OptionStyle | None,
+    max_characters: int,
+) -> Outcome:
     """Render one row.
 
     Args:    row: the template's variables, with `|||` in their text replaced by `marker` (None: there was none).
+             style: of the list of options; None in a variant without.
     Returns: ["rendered", inputs, targets, choices or None], or ["blank", "", ""], ["no_input", "", ""],
-             ["no_target", "", ""], or ["malformed", reason, ""] when the number of separators is not one.
+             ["no_target", "", ""], ["no_option", "", ""] when the target is none of the options,
+             ["no_rationale", "", ""], or ["malformed", reason, ""] when the number of separators is not one.
     """
     choices = None
     if template.choices is not None:
         text = _rendered(template.choices, row, max_characters)
         choices = [choice.strip() for choice in text.split(SEPARATOR)]
-    text = _rendered(template.prompt, {**row, "answer_choices": choices}, max_characters)
+    block = style.block(choices) if style is not None and choices is not None else ""
+    variables = {**row, "answer_choices": choices, "options_block": block}
+    text = _rendered(template.prompt, variables, max_characters)
     if not text.strip():
         return ["blank", "", ""]
     parts = text.split(SEPARATOR)
@@ -82,6 +107,22 @@ def render_row(template: CompiledTemplate, row: dict[str, Any], *, marker: str |
         return ["no_input", "", ""]
     if not targets.strip():
         return ["no_target", "", ""]
+    if style is not None:
+        if choices is None or targets not in choices:
+            return ["no_option", "", ""]
+        inputs = inputs if template.places_options else with_options(inputs, block)
+        if template.letters:
+            letters = style.letters(len(choices))
+            targets, choices = letters[choices.index(targets)], letters
+    if template.rationale is not None:
+        rationale = _rendered(template.rationale, variables, max_characters).strip()
+        if not rationale:
+            return ["no_rationale", "", ""]
+        assert template.thought_input is not None and template.thought_target is not None, "sent with the rationale"
+        variables |= {"input": inputs, "target": targets, "rationale": rationale}
+        inputs = _rendered(template.thought_input, variables, max_characters).strip()
+        targets = _rendered(template.thought_target, variables, max_characters).strip()
+        choices = None  # the target is no longer one of them
     if marker is not None:
         inputs, targets = inputs.replace(marker, SEPARATOR), targets.replace(marker, SEPARATOR)
         choices = choices and [choice.replace(marker, SEPARATOR) for choice in choices]
@@ -133,38 +174,43 @@ class Renderer:
         for number in protect:
             self.rows[number] = protect_separators(rows[number])
 
-    def render(self, name: str, seed: int, values: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Render the rows at hand with one template, within the limits; the answer of the module's docstring."""
+    def render(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Render rows at hand with one template, within the limits; request and answer as in the module's docstring."""
         # An expression may be folded to a constant at compile time, so compiling is under the limit too.
         soft = int(time.process_time()) + 1 + self.limits["cpu_seconds"]
         resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
         self.environment.undefined_names.clear()
+        name, only, styles = request["render"], request["only"], request["styles"]
+        numbers = range(len(self.rows)) if only is None else only
         records: list[Outcome] = []
         characters = 0
         try:
-            if values is not None:
-                self.templates[name] = CompiledTemplate(self.environment, values)
+            if "template" in request:
+                self.templates[name] = CompiledTemplate(self.environment, request["template"])
             template = self.templates[name]
-            for (row, marker), row_id in zip(self.rows, self.ids, strict=True):
-                self.environment.begin(f"{seed}\0{row_id}\0{name}")
-                records.append(self._record(template, row, marker))
+            for place, number in enumerate(numbers):
+                self.environment.begin(f"{request['seed']}\0{self.ids[number]}\0{template.draw_name}")
+                style = None if styles is None else template.styles[styles[place]]
+                records.append(self._record(template, number, style))
                 characters += len(records[-1][1]) + len(records[-1][2])
                 if characters > MAX_ANSWER_CHARACTERS:
                     raise OutputLimitError(
                         f"renders more than {MAX_ANSWER_CHARACTERS:,} characters on {len(records)} rows"
                     )
         except SecurityError as error:
-            return {"refused": f"tries what templates may not do: {error}", "row": len(records)}
+            return {"refused": f"tries what templates may not do: {error}", "row": numbers[len(records)]}
         except OutputLimitError as error:
-            return {"refused": f"breaks the output limit: {error}", "row": len(records)}
+            return {"refused": f"breaks the output limit: {error}", "row": numbers[min(len(records), len(numbers) - 1)]}
         except MemoryError:
             records.clear()
             return {"refused": f"breaks the memory limit of {self.limits['memory_bytes'] >> 20} MiB", "row": None}
         return {"records": records, "undefined": dict(self.environment.undefined_names)}
 
-    def _record(self, template: CompiledTemplate, row: dict[str, Any], marker: str | None) -> Outcome:
+    def _record(self, template: CompiledTemplate, number: int, style: OptionStyle | None) -> Outcome:
+        row, marker = self.rows[number]
+        limit = self.limits["output_characters"]
         try:
-            return render_row(template, row, marker=marker, max_characters=self.limits["output_characters"])
+            return render_row(template, row, marker=marker, style=style, max_characters=limit)
         except (SecurityError, OutputLimitError, MemoryError):
             raise
         except Exception as error:  # whatever a template's expression can raise on a row; reported, never swallowed
@@ -216,7 +262,7 @@ def main() -> None:
         if "rows" in request:
             renderer.take_rows(request["rows"], request["ids"], request["protect"])
             continue
-        answer = renderer.render(request["render"], request["seed"], request.get("template"))
+        answer = renderer.render(request)
         try:
             write_frame(answers, answer)
         except UnicodeEncodeError as error:

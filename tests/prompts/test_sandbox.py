@@ -11,6 +11,7 @@ from megatron_xmtf.errors import TemplateError
 from megatron_xmtf.prompts import RenderLimits, RenderReport, parse_templates, render_rows
 from megatron_xmtf.prompts.sandbox import RenderWorker
 from megatron_xmtf.prompts.templates import Template
+from megatron_xmtf.prompts.variants import PosedTemplate
 
 ROW = {"text": "word", "items": [1, 2], "label": 0}
 LIMITS = RenderLimits(cpu_seconds=1, wall_seconds=30, memory_bytes=256 << 20, output_characters=100_000)
@@ -78,13 +79,13 @@ def test_exhaustion_is_stopped(jinja: str, limit: str) -> None:
 def test_wall_clock_limit_holds_where_no_processor_time_passes() -> None:
     with RenderWorker(RenderLimits(wall_seconds=0.5)) as worker:
         worker.load([json.dumps(ROW)], ["r"])
-        worker.render(hostile("{{ text }}"), seed=0)
+        worker.render(PosedTemplate(hostile("{{ text }}")), seed=0)
         assert worker._process is not None
         os.kill(worker._process.pid, 19)  # SIGSTOP: the process lives and does nothing
         with pytest.raises(TemplateError, match=r"time limit of 0.5 s on the clock on rows r to r"):
-            worker.render(hostile("{{ text }}"), seed=0)
+            worker.render(PosedTemplate(hostile("{{ text }}")), seed=0)
         assert worker._process is None
-        worker.render(hostile("{{ text }}"), seed=0)
+        worker.render(PosedTemplate(hostile("{{ text }}")), seed=0)
 
 
 def test_the_worker_can_open_nothing_even_outside_the_sandbox() -> None:
@@ -110,7 +111,7 @@ def test_the_worker_does_not_see_the_environment(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("SECRET_FOR_THE_TEST", "s3cret")
     with RenderWorker() as worker:
         worker.load([json.dumps(ROW)], ["r"])
-        worker.render(hostile("{{ text }}"), seed=0)
+        worker.render(PosedTemplate(hostile("{{ text }}")), seed=0)
         assert worker._process is not None
         assert b"s3cret" not in Path(f"/proc/{worker._process.pid}/environ").read_bytes()
 
