@@ -34,6 +34,11 @@ def table_rows(path: Path, delimiter: str) -> list[Row]:
         return list(csv.DictReader(stream, delimiter=delimiter))
 
 
+def plain_rows(path: Path, names: tuple[str, ...]) -> list[Row]:
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    return [dict(zip(names, line.split("\t"), strict=True)) for line in lines]
+
+
 def exam_rows(path: Path) -> list[Row]:
     with tarfile.open(path) as archive:
         member = archive.extractfile(archive.getnames()[0])
@@ -54,8 +59,9 @@ def rows_for(file: str, data: Path) -> list[Row]:
     if file == "gsm8k.yaml":
         return list(json_lines(data / "gsm8k" / "train.jsonl"))
     if file == "mgsm.yaml":
-        lines = (data / "mgsm" / "mgsm_es.tsv").read_text(encoding="utf-8").splitlines()
-        return [dict(zip(("question", "answer"), line.split("\t"), strict=True)) for line in lines]
+        return plain_rows(data / "mgsm" / "mgsm_es.tsv", ("question", "answer"))
+    if file == "flan_cot.yaml":
+        return plain_rows(data / "flan_cot" / "sensemaking_train.tsv", ("question", "answer", "explanation"))
     if file == "exams.yaml":
         rows = exam_rows(data / "exams" / "multilingual" / "train.jsonl.tar.gz")
         return [row for number, row in enumerate(rows) if number % 8 == 0 or row["answerKey"] == "@"]
@@ -168,6 +174,16 @@ WORD_FOR_WORD = [
         "Pregunta: Una bata lleva 2 rollos de tela azul y la mitad de esa cantidad de tela blanca. ¿Cuántos rollos se "
         "necesitan en total?\nRespuesta paso a paso:",
         "3",
+        None,
+    ),
+    (
+        "flan_cot.yaml",
+        "explain_the_answer_en",
+        0,
+        "Of the following two sentences, which one is against common sense?\nOptions:\n"
+        '- Sentence A: "He poured orange juice on his cereal."\n- Sentence B: "He poured milk on his cereal."\n\n'
+        "The right answer is: Sentence A\nWhy?",
+        "Orange juice does not taste good on cereal.",
         None,
     ),
     (
