@@ -12,6 +12,7 @@ Published Megatron data without a manifest opens too; its tokenizer then cannot 
 from __future__ import annotations
 
 import logging
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,6 @@ class ExampleDataset:
     kind: Kind
     manifest: dict[str, Any] | None
     """Contents of `<prefix>.json`; None for data that was published without one."""
-    input_lengths: np.ndarray
-    """int32 [examples], tokens of the inputs; zeros for kind "text"."""
-    target_lengths: np.ndarray
-    """int32 [examples], tokens of the targets, EOS included."""
 
     def __init__(self, prefix: Path, *, name: str, kind: Kind, manifest: dict[str, Any] | None) -> None:
         self.prefix, self.name, self.kind, self.manifest = prefix, name, kind, manifest
@@ -71,8 +68,6 @@ class ExampleDataset:
                 f"{prefix} holds {len(self._inputs)} inputs but {len(self._targets)} targets; the halves belong to "
                 "different datasets or fell out of step. Preprocess the records again."
             )
-        self.target_lengths = self._targets.lengths
-        self.input_lengths = np.zeros(len(self._targets), np.int32) if self._inputs is None else self._inputs.lengths
 
     @classmethod
     def open(
@@ -109,13 +104,23 @@ class ExampleDataset:
         return dataset
 
     def __len__(self) -> int:
-        return len(self.target_lengths)
+        return len(self._targets)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         targets = self._targets[index].astype(np.int32)
         if self._inputs is None:
             return np.empty(0, np.int32), targets
         return self._inputs[index].astype(np.int32), targets
+
+    @property
+    def target_lengths(self) -> np.ndarray:
+        """Tokens of the targets, EOS included, int32 [examples]."""
+        return self._targets.lengths
+
+    @cached_property
+    def input_lengths(self) -> np.ndarray:
+        """Tokens of the inputs, int32 [examples]; zeros for kind "text"."""
+        return np.zeros(len(self), np.int32) if self._inputs is None else self._inputs.lengths
 
     @property
     def halves(self) -> dict[str, IndexedDataset]:

@@ -79,15 +79,15 @@ def _train_joined(config: RunConfig, allowed_changes: Sequence[str], dry_run: bo
         try:
             prepared = prepare_run(config, world_size=world_size, allowed_changes=allowed_changes)
         except Exception as error:  # whatever it is, the others must not wait for hours
-            store.set(PREPARED, json.dumps([int(_exit_code(error)), f"{type(error).__name__}: {error}"]))
+            store.set(PREPARED, json.dumps([int(_exit_code(error)), f"{type(error).__name__}: {error}", None]))
             raise
-        store.set(PREPARED, json.dumps([0, ""]))
+        store.set(PREPARED, json.dumps([0, "", prepared.packing_key]))
     else:
         store.wait([PREPARED], timedelta(hours=PREPARE_HOURS))
-        code, message = json.loads(store.get(PREPARED))
+        code, message, packing_key = json.loads(store.get(PREPARED))
         if code:
             raise RankFailedError(f"rank 0 could not prepare the run: {message}", ExitCode(code))
-        prepared = prepare_run(config, world_size=world_size, allowed_changes=allowed_changes)
+        prepared = prepare_run(config, world_size=world_size, allowed_changes=allowed_changes, packing_key=packing_key)
     return None if dry_run else train_rank(prepared, store)
 
 

@@ -20,7 +20,13 @@ from megatron_xmtf.conversion.huggingface_model import read_config
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.loader import require_even_deal
 from megatron_xmtf.data.mixture import open_datasets
-from megatron_xmtf.data.packing import build_packing_index, index_directory, open_packing_index, pack_dataset
+from megatron_xmtf.data.packing import (
+    build_packing_index,
+    index_directory,
+    index_path,
+    open_packing_index,
+    pack_dataset,
+)
 from megatron_xmtf.data.packing_index import PackingIndex
 from megatron_xmtf.data.rows import PackedRows
 from megatron_xmtf.data.tokenizer import Tokenizer
@@ -55,12 +61,17 @@ class PreparedRun:
     start: StartPoint
     hf_files: Path
     """Directory with config.json and tokenizer files, carried into the first checkpoint, from there into the next."""
+    packing_key: str
+    """Of the packing index, which has been read and verified: the ranks need not do that again."""
 
 
-def prepare_run(config: RunConfig, *, world_size: int, allowed_changes: Sequence[str] = ()) -> PreparedRun:
+def prepare_run(
+    config: RunConfig, *, world_size: int, allowed_changes: Sequence[str] = (), packing_key: str | None = None
+) -> PreparedRun:
     """Check a run, import its model if that is a Hugging Face directory, and build its packing index.
 
     Args:    world_size: ranks that will train. allowed_changes: keys that may differ from the resumed checkpoint's.
+             packing_key: of the index that another rank has built or verified already; None: do that here.
     Raises:  ConfigError: sizes that do not fit. MissingError, DatasetError, TokenizerError, CheckpointError: inputs
              that are absent or do not belong together. ConfigMismatchError: a resumed run that was changed.
     """
@@ -80,23 +91,32 @@ def prepare_run(config: RunConfig, *, world_size: int, allowed_changes: Sequence
             f"the tokenizer of {tokenizer.directory} has {tokenizer.vocab_size} words, the model's embedding "
             f"{architecture.vocab_size} rows: they do not belong together."
         )
-    datasets = open_datasets(config.data.train, tokenizer=tokenizer)
-    open_datasets(config.data.validation, tokenizer=tokenizer)
+    datasets = open_datasets(config.data.training_datasets, tokenizer=tokenizer)
+    open_datasets(config.data.validation_datasets, tokenizer=tokenizer)
     if not is_checkpoint:
         logger.info("importing %s", config.model)
         import_huggingface(config.model, start.checkpoint)
-    _index(config, datasets, build=config.data.build_index)
+    if packing_key is None:
+        packing_key = _index(config, datasets).key
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     write_config(config, output / "config.yaml")
-    return PreparedRun(config=config, architecture=architecture, start=start, hf_files=start.checkpoint / "hf")
+    return PreparedRun(
+        config=config,
+        architecture=architecture,
+        start=start,
+        hf_files=start.checkpoint / "hf",
+        packing_key=packing_key,
+    )
 
 
 def open_training_rows(prepared: PreparedRun) -> PackedRows:
-    """Open the training rows; the index exists since `prepare_run`."""
+    """Open the training rows; `prepare_run` has built and verified their index, here it is mapped alone."""
     tokenizer = Tokenizer.load(prepared.hf_files)
-    datasets = open_datasets(prepared.config.data.train, tokenizer=tokenizer)
-    return PackedRows(datasets, _index(prepared.config, datasets, build=False), pad_id=tokenizer.pad_id)
+    datasets = open_datasets(prepared.config.data.training_datasets, tokenizer=tokenizer)
+    path = index_path(index_directory(prepared.config), prepared.packing_key)
+    index = PackingIndex.load(path, key=prepared.packing_key, verify=False)
+    return PackedRows(datasets, index, pad_id=tokenizer.pad_id)
 
 
 def open_validation_rows(prepared: PreparedRun) -> dict[str, tuple[ExampleDataset, PackedRows]]:
@@ -104,9 +124,12 @@ def open_validation_rows(prepared: PreparedRun) -> dict[str, tuple[ExampleDatase
     config = prepared.config
     tokenizer = Tokenizer.load(prepared.hf_files)
     opened = {}
-    for dataset in open_datasets(config.data.validation, tokenizer=tokenizer):
+    entries = config.data.validation_datasets
+    for entry, dataset in zip(entries, open_datasets(entries, tokenizer=tokenizer), strict=True):
         index = pack_dataset(
             dataset,
+            entry=entry,
+            split_seed=config.data.split_seed,
             sequence_length=config.batch.sequence_length,
             long_examples=config.data.long_examples,
             rows=config.evaluation.rows,
@@ -199,8 +222,8 @@ def _refuse_damaged(checkpoints: Path, existing: Sequence[tuple[int, Path]]) -> 
             )
 
 
-def _index(config: RunConfig, datasets: Sequence[ExampleDataset], *, build: bool) -> PackingIndex:
-    function = build_packing_index if build else open_packing_index
+def _index(config: RunConfig, datasets: Sequence[ExampleDataset]) -> PackingIndex:
+    function = build_packing_index if config.data.build_index else open_packing_index
     return function(
         datasets,
         data=config.data,
