@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_xmtf.data.segment_rule import NoSegments, SegmentRule, find_segment_rule
 from megatron_xmtf.errors import TokenizerError, XmtfError
 from megatron_xmtf.files import read_json, sha256_json
 
@@ -44,6 +45,8 @@ class Tokenizer:
     """Id that fills rows; the EOS id where the tokenizer names no padding token (padding is told by segment_ids)."""
     fingerprint: str
     """SHA-256 over vocabulary, merges or scores, added tokens, normaliser and pre-tokeniser: equal means equal ids."""
+    segment_rule: SegmentRule | NoSegments
+    """Where a text may be cut without changing an id."""
     backend: Backend
 
     @staticmethod
@@ -81,12 +84,14 @@ class Tokenizer:
                 '"eos_token": "</s>" (the token that ends a text in this model) to its tokenizer_config.json.'
             )
         pad_id = _special_id("pad", directory, vocabulary, configs, defaults)
+        content = json.loads(backend.to_str())
         return Tokenizer(
             directory=directory,
             vocab_size=max(vocabulary.values()) + 1,
             eos_id=eos_id,
             pad_id=eos_id if pad_id is None else pad_id,
-            fingerprint=_fingerprint(backend),
+            fingerprint=_fingerprint(content),
+            segment_rule=find_segment_rule(content),
             backend=backend,
         )
 
@@ -186,13 +191,12 @@ def _special_id(
     return value
 
 
-def _fingerprint(backend: Backend) -> str:
-    """Hash what decides the ids of a text, after `tokenizers` has brought it into its own current form."""
-    content = json.loads(backend.to_str())
-    for key in NOT_FINGERPRINTED:
-        content.pop(key, None)
+def _fingerprint(content: Mapping[str, Any]) -> str:
+    """Hash what decides the ids of a text, given in the form that `tokenizers` itself writes."""
+    content = {key: value for key, value in content.items() if key not in NOT_FINGERPRINTED}
     merges = content["model"].get("merges")
     if merges is not None:  # older files spell a merge "a b", newer ones ["a", "b"]
-        content["model"]["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        content["model"] = {**content["model"], "merges": merges}
     content["added_tokens"] = sorted(content.get("added_tokens", []), key=lambda token: token["id"])
     return sha256_json(content)
