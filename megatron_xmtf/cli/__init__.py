@@ -26,6 +26,7 @@ VERBS: dict[str, str] = {
     "preprocess": "preprocess",
     "merge": "merge",
     "pack": "pack",
+    "plan": "plan",
     "import": "import_checkpoint",
     "train": "train",
     "evaluate": "evaluate",

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_xmtf.cli.inspect_rows import inspect_packing, inspect_run, load_tokenizer
 from megatron_xmtf.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ HELP = "say what a dataset, packing index or checkpoint is, and whether it is wh
 
 EXAMPLE = """\
   xmtf inspect data/train --show 2 --tokenizer models/bloom-560m
+  xmtf inspect train.yaml --show 3 --row 1000
+  xmtf inspect runs/first/packing/f5f8766c29e01133 --show 1 --data data/sw data/yo --tokenizer models/bloom-560m
   xmtf inspect data/train --deep
   xmtf inspect runs/first --json
 """
@@ -30,13 +33,27 @@ NAMES_SHOWN = 12
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `xmtf inspect`."""
     parser.add_argument(
-        "path", metavar="PATH", help="prefix of a dataset, directory of a checkpoint, run or packing index"
+        "path",
+        metavar="PATH",
+        help="prefix of a dataset, directory of a checkpoint, run or packing index, or a run's configuration: its rows",
     )
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N examples of a dataset")
-    parser.add_argument("--start", type=int, default=0, metavar="I", help="with --show: begin at example I")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="with a configuration: overrides")
     parser.add_argument(
-        "--tokenizer", metavar="DIR", help="decode what is shown; also checks that the data was made with it"
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print N examples of a dataset or N rows of a packing index; tokens that bear loss are marked",
     )
+    parser.add_argument("--start", type=int, default=0, metavar="I", help="with --show: begin at example I")
+    parser.add_argument("--row", type=int, default=0, metavar="R", help="with --show: begin at row R")
+    parser.add_argument("--data", nargs="+", metavar="PREFIX", help="datasets of a packing index, in its order")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="decode what is shown (with a configuration: by default its model's); also checks that it made the data",
+    )
+    parser.add_argument("--ids", action="store_true", help="with --show: print token ids too; --json always has them")
     parser.add_argument("--deep", action="store_true", help="read everything: compare each SHA-256 and every token id")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -44,10 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Find out what it is, verify it, describe it."""
     path = Path(arguments.path)
-    if arguments.show < 0 or arguments.start < 0:
-        raise ConfigError(f"--show {arguments.show} --start {arguments.start}: neither can be negative.")
-    if (path / "packing.json").is_file():
-        report, text = _packing(path)
+    for name in ("show", "start", "row"):
+        if getattr(arguments, name) < 0:
+            raise ConfigError(f"--{name} {getattr(arguments, name)} cannot be negative.")
+    is_config = path.suffix in (".yaml", ".yml") and not path.is_dir()
+    if arguments.overrides and not is_config:
+        raise ConfigError(f"{' '.join(arguments.overrides)}: overrides go with a configuration, and {path} is none.")
+    if is_config:
+        report, text = inspect_run(path, arguments)
+    elif (path / "packing.json").is_file():
+        report, text = inspect_packing(path, arguments)
     elif path.is_dir() and (prefixes := _prefixes_in(path)):
         raise ConfigError(f"{path} is a directory of datasets; give the prefix of one: {', '.join(prefixes[:10])}.")
     elif path.is_dir():
@@ -56,31 +79,6 @@ def run(arguments: argparse.Namespace) -> int:
         report, text = _dataset(path, arguments)
     print(json.dumps(report, ensure_ascii=False) if arguments.json else text)
     return int(ExitCode.DONE)
-
-
-def _packing(path: Path) -> tuple[dict[str, Any], str]:
-    from megatron_xmtf.data.packing_index import PackingIndex
-
-    index = PackingIndex.load(path)
-    statistics = index.statistics
-    report = {
-        "type": "packing index",
-        "path": str(path),
-        "sequence_length": index.sequence_length,
-        "long_examples": index.long_examples,
-        "key": index.key,
-        "statistics": statistics,
-        "unaltered": True,
-    }
-    lines = [
-        f"{path}: packing index, {statistics['rows']:,} rows of {index.sequence_length:,} tokens, "
-        f"{100 * statistics['fill_fraction']:.2f} % filled",
-        f"examples   {statistics['examples']:,} in {statistics['epochs']} epochs; {statistics['dropped']:,} dropped, "
-        f"{statistics['truncated']:,} truncated, {statistics['empty']:,} without target ({index.long_examples})",
-        *(f"  {entry['name']}  {entry['examples']:,} examples" for entry in statistics["datasets"]),
-        "whole and unaltered: every SHA-256 is that of packing.json",
-    ]
-    return report, "\n".join(lines)
 
 
 def _checkpoint(path: Path, *, deep: bool) -> tuple[dict[str, Any], str]:
@@ -111,9 +109,9 @@ def _checkpoint(path: Path, *, deep: bool) -> tuple[dict[str, Any], str]:
 def _dataset(path: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from megatron_xmtf.data.dataset_manifest import length_statistics
     from megatron_xmtf.data.example_dataset import ExampleDataset
-    from megatron_xmtf.data.tokenizer import Tokenizer
+    from megatron_xmtf.report.marked_tokens import uses_colour
 
-    tokenizer = Tokenizer.load(arguments.tokenizer) if arguments.tokenizer else None
+    tokenizer = load_tokenizer(arguments)
     dataset = ExampleDataset.open(_prefix(path), tokenizer=tokenizer, deep=arguments.deep)
     lengths = {half.split("_")[0]: length_statistics(file.lengths) for half, file in dataset.halves.items()}
     if dataset.kind == "pairs":
@@ -121,7 +119,7 @@ def _dataset(path: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any],
     if arguments.start >= len(dataset):
         raise ConfigError(f"--start {arguments.start}: {dataset.prefix} has {len(dataset)} examples, counted from 0.")
     last = min(arguments.start + arguments.show, len(dataset))
-    report = {
+    report: dict[str, Any] = {
         "type": "dataset",
         "path": str(dataset.prefix),
         "kind": dataset.kind,
@@ -134,7 +132,10 @@ def _dataset(path: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any],
         "unaltered": True if arguments.deep and dataset.manifest else None,
         "examples": [_example(dataset, index, tokenizer) for index in range(arguments.start, last)],
     }
-    return report, _word_dataset(report, deep=arguments.deep)
+    lines = [_word_dataset(report, deep=arguments.deep)]
+    colour = uses_colour()
+    lines += [_word_example(one, tokenizer, colour=colour, show_ids=arguments.ids) for one in report["examples"]]
+    return report, "\n".join(lines)
 
 
 def _prefix(path: Path) -> Path:
@@ -161,15 +162,19 @@ def _column_counts(dataset: ExampleDataset, name: str) -> dict[str, int]:
 
 
 def _example(dataset: ExampleDataset, index: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    from megatron_xmtf.report.shown_rows import example_loss
+
     inputs, targets = (half.tolist() for half in dataset[index])
     example: dict[str, Any] = {"index": index}
     for name in dataset.column_names:
         values = dataset.column(name)
         assert values is not None
         example[name] = dataset.names(name)[int(values[index])]
+    has_loss = example_loss(inputs, targets)
     halves = {"text": targets} if dataset.kind == "text" else {"inputs": inputs, "targets": targets}
     for name, ids in halves.items():
         example[f"{name}_ids"] = ids
+        example[f"{name}_has_loss"] = has_loss[: len(ids)] if name == "inputs" else has_loss[len(inputs) :]
         if tokenizer is not None:
             example[f"{name}_text"] = tokenizer.decode(ids)
     return example
@@ -198,22 +203,27 @@ def _word_dataset(report: dict[str, Any], *, deep: bool) -> str:
         more = f", and {len(counts) - NAMES_SHOWN:,} more" if len(counts) > NAMES_SHOWN else ""
         lines.append(f"{name:<11}{shown}{more}")
     lines.append(_verdict(deep, known=manifest is not None))
-    lines += [_word_example(example) for example in report["examples"]]
     return "\n".join(lines)
 
 
-def _word_example(example: dict[str, Any]) -> str:
-    """Show one example; text is quoted, so that white space and line ends are seen."""
-    about = [f"{name} {value}" for name, value in example.items() if isinstance(value, str) and "_" not in name]
+def _word_example(example: dict[str, Any], tokenizer: Tokenizer | None, *, colour: bool, show_ids: bool) -> str:
+    """Show one example, token by token, those that bear loss marked."""
+    from megatron_xmtf.report.shown_rows import word_tokens
+
+    about = [f"{name} {value}" for name, value in example.items() if isinstance(value, str) and name[-5:] != "_text"]
     lines = [f"\nexample {example['index']}" + (f"  ({', '.join(about)})" if about else "")]
     for name in ("inputs", "targets", "text"):
         ids = example.get(f"{name}_ids")
         if ids is None:
             continue
-        cut = f" ... {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
-        lines.append(f"  {name:<8}{' '.join(map(str, ids[:SHOWN_IDS]))}{cut}")
-        if f"{name}_text" in example:
-            lines.append(f"  {'':<8}{json.dumps(example[f'{name}_text'], ensure_ascii=False)}")
+        if show_ids or tokenizer is None:
+            cut = f" ... {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
+            lines.append(f"  {name:<8}{' '.join(map(str, ids[:SHOWN_IDS]))}{cut}")
+        if tokenizer is not None:
+            words = word_tokens(
+                ids, example[f"{name}_has_loss"], num_inputs=0, tokenizer=tokenizer, colour=colour, indent=" " * 10
+            )
+            lines.append(f"  {'' if show_ids else name:<8}{words}")
     return "\n".join(lines)
 
 

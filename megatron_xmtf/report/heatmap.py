@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 
 from megatron_xmtf.report.page import Html
 from megatron_xmtf.report.pictures import Change
-from megatron_xmtf.report.svg import BLUE, GREY, INK, ORANGE, SOFT, mix, picture, shorten, text
+from megatron_xmtf.report.svg import BLUE, GREY, INK, ORANGE, SOFT, mix, picture, shorten, text, wrap
 
 __all__ = ["language_task_heatmap"]
 
@@ -40,7 +39,7 @@ def language_task_heatmap(
     columns = [*tasks, None] if len(tasks) > 1 else list(tasks)
     rows = [None, *languages] if len(languages) > 1 else list(languages)
     width = max(label_width + len(columns) * cell_width + 4, 660.0)
-    header = 72.0 + 15 * max(len(_wrap(task, int(cell_width / 8.2))) for task in tasks)
+    header = 72.0 + 15 * max(len(wrap(task, int(cell_width / 8.2))) for task in tasks)
     parts: list[str] = [_scale(label_width, has_bold=any(change.is_significant for change in changes.values()))]
     for column, task in enumerate(columns):
         x = label_width + (column + 0.5) * cell_width
@@ -106,7 +105,7 @@ def _column_header(
 ) -> list[str]:
     if task is None:
         return [text(x, bottom - 24, "mean", anchor="middle", weight=600)]
-    lines = _wrap(task, int(width / 8.2))
+    lines = wrap(task, int(width / 8.2))
     chances = sorted({round(100 * change.chance) for (_, name), change in changes.items() if name == task})
     spread = f"{chances[0]}" if len(chances) == 1 else f"{chances[0]}–{chances[-1]}"
     parts = [
@@ -114,17 +113,6 @@ def _column_header(
         for number, line in enumerate(lines)
     ]
     return [*parts, text(x, bottom - 8, f"chance {spread}", anchor="middle", size=12, colour=SOFT)]
-
-
-def _wrap(label: str, length: int) -> list[str]:
-    """Break a task's name at `_`, `-`, `/` and spaces into at most three lines."""
-    lines = [""]
-    for part in re.findall(r"[^\s_/-]+[\s_/-]*", label) or [label]:
-        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > length:
-            lines.append("")
-        lines[-1] += part
-    kept = lines[:3] if len(lines) <= 3 else [*lines[:2], "".join(lines[2:])]
-    return [shorten(line.strip(), length) for line in kept]
 
 
 def _scale(left: float, *, has_bold: bool) -> Html:

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 
 from megatron_xmtf.report.page import Html, escape
 
-__all__ = ["BLUE", "GREY", "INK", "LINE_COLOURS", "ORANGE", "SOFT", "mix", "picture", "shorten", "text", "ticks"]
+__all__ = [
+    "BLUE",
+    "GREY",
+    "INK",
+    "LINE_COLOURS",
+    "ORANGE",
+    "SOFT",
+    "mix",
+    "picture",
+    "shorten",
+    "text",
+    "ticks",
+    "wrap",
+]
 
 INK, SOFT, GREY = "#1d2430", "#5c6675", "#dfe3e8"
 BLUE, ORANGE = "#0072b2", "#d55e00"
@@ -47,6 +61,21 @@ def text(
 def shorten(label: str, length: int) -> str:
     """Cut a label to `length` characters, the last an ellipsis (drawn with the whole one as its title)."""
     return label if len(label) <= length else label[: length - 1].rstrip() + "…"
+
+
+def wrap(label: str, length: int) -> list[str]:
+    """Break a name at `_`, `-`, `/` and spaces into at most three lines.
+
+    >>> wrap("paraphrase_identification", 14)
+    ['paraphrase_', 'identification']
+    """
+    lines = [""]
+    for part in re.findall(r"[^\s_/-]+[\s_/-]*", label) or [label]:
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > length:
+            lines.append("")
+        lines[-1] += part
+    kept = lines[:3] if len(lines) <= 3 else [*lines[:2], "".join(lines[2:])]
+    return [shorten(line.strip(), length) for line in kept]
 
 
 def mix(start: str, end: str, amount: float) -> str:

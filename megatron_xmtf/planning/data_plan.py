@@ -1,0 +1,194 @@
+"""The data plan of a run: what it reads, how often, and what part of the loss that is, before any GPU hour.
+
+    config --open, pack--> the rows of the run --count--> draws of each example --sum--> dataset x language
+
+Counted from the packing index itself, the one that training opens, so that plan and run cannot differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+from megatron_xmtf.config.schema import RunConfig
+from megatron_xmtf.data.example_dataset import ExampleDataset
+from megatron_xmtf.data.loader import require_even_deal
+from megatron_xmtf.data.mixture import open_datasets
+from megatron_xmtf.data.packing import build_packing_index, index_directory, index_path, pack_dataset
+from megatron_xmtf.data.packing_index import ComponentStatistics, PackingIndex
+from megatron_xmtf.errors import ConfigError, nearest_names
+from megatron_xmtf.planning.draws import count_draws
+from megatron_xmtf.planning.lengths import LengthHistogram, RowFill, length_histogram, row_fill
+from megatron_xmtf.planning.plan_warnings import PlanWarning, data_warnings
+from megatron_xmtf.planning.readable import find_readable
+from megatron_xmtf.planning.tally import TallyRow, describe, merge_tallies, tally_examples
+
+__all__ = ["DataPlan", "RunTotals", "build_data_plan", "plan_data"]
+
+
+class RunTotals(TypedDict):
+    """The whole run, and a step of it on average."""
+
+    steps: int
+    warmup_steps: int
+    rows: int
+    examples: int
+    tokens: int
+    """Without padding."""
+    target_tokens: int
+    epochs: float
+    """Examples read per example that can be drawn, over all datasets."""
+    rows_per_step: int
+    examples_per_step: float
+    tokens_per_step: float
+    target_tokens_per_step: float
+    examples_per_row: float
+    row_fill: RowFill
+
+
+class DataPlan(TypedDict):
+    """What `xmtf plan CONFIG --json` prints under `data`."""
+
+    index: str
+    """Directory of the packing index, which training opens."""
+    key: str
+    sequence_length: int
+    long_examples: str
+    normalization: str
+    run: RunTotals
+    lengths: LengthHistogram
+    entries: list[Any]
+    """`TallyRow` and `entry`: each dataset of the configuration, in its order."""
+    datasets: list[Any]
+    """`TallyRow` and `dataset`, the name that records give or else the entry's; the largest part of the loss first."""
+    languages: list[Any]
+    """`TallyRow` and `language`."""
+    cells: list[Any]
+    """`TallyRow`, `dataset` and `language`."""
+    by: dict[str, list[Any]]
+    """For each further column asked for: `TallyRow` and that column."""
+    unit: str | None
+    """What the mixture counts: examples, tokens or target_tokens; None for a list of datasets without weights."""
+    components: list[ComponentStatistics]
+    """The parts of the mixture: wanted_share and share of the whole in that unit, epochs, what held it."""
+    validation: list[dict[str, Any]]
+    """name, rows, examples, tokens, target_tokens, dropped, truncated, empty."""
+    warnings: list[PlanWarning]
+
+
+def build_data_plan(config: RunConfig, *, by: Sequence[str] = ()) -> DataPlan:
+    """Plan the data of a run; its packing index is opened, or built where the run looks for it.
+
+    Args:    by: further columns to count by, such as template or task.
+    Raises:  ConfigError: a column that no dataset has, or a global batch that is no whole number of micro-batches.
+             DatasetError: as `open_datasets` and `build_packing_index`.
+    """
+    require_even_deal(config.batch.global_batch_size, config.batch.micro_batch_size, 1)
+    datasets = open_datasets(config.data.training_datasets)
+    known = sorted({column for dataset in datasets for column in dataset.column_names})
+    for column in by:
+        if column not in known:
+            raise ConfigError(f"no dataset has a column {column!r}, {nearest_names(column, known)}.")
+    directory = index_directory(config)
+    index = build_packing_index(
+        datasets,
+        data=config.data,
+        sequence_length=config.batch.sequence_length,
+        rows_needed=config.train_steps * config.batch.global_batch_size,
+        seed=config.seed,
+        directory=directory,
+    )
+    return plan_data(config, datasets, index, path=index_path(directory, index.key), by=by)
+
+
+def plan_data(
+    config: RunConfig, datasets: Sequence[ExampleDataset], index: PackingIndex, *, path: Path, by: Sequence[str] = ()
+) -> DataPlan:
+    """Count what a run reads of an index.
+
+    Args:    datasets: those of the index, in its order. path: where the index lies. by: as `build_data_plan`.
+    """
+    capacity, normalization = index.sequence_length + 1, config.loss.normalization
+    rows = config.train_steps * config.batch.global_batch_size
+    readable = find_readable(config, datasets)
+    per_micro_batch = normalization == "target_sequence_per_micro_batch"
+    draws = count_draws(
+        datasets,
+        readable,
+        index,
+        rows=rows,
+        micro_batch_size=config.batch.micro_batch_size if per_micro_batch else None,
+    )
+
+    def tally(*columns: str) -> Any:
+        return tally_examples(datasets, readable, draws, by=columns, normalization=normalization)
+
+    fine = tally("entry", "dataset", "language")
+    entries = _rows(describe(merge_tallies(fine, [0])), "entry")
+    has_shares = config.data.mixture is not None or any(entry.weight is not None for entry in config.data.train)
+    order = {dataset.name: place for place, dataset in enumerate(datasets)}
+    entries.sort(key=lambda row: order[row["entry"]])
+    plan: DataPlan = {
+        "index": str(path),
+        "key": index.key,
+        "sequence_length": index.sequence_length,
+        "long_examples": index.long_examples,
+        "normalization": normalization,
+        "run": _run_totals(config, entries, fill=row_fill(draws.row_tokens, capacity=capacity)),
+        "lengths": length_histogram(datasets, readable, draws, capacity=capacity),
+        "entries": entries,
+        "datasets": _rows(describe(merge_tallies(fine, [1])), "dataset"),
+        "languages": _rows(describe(merge_tallies(fine, [2])), "language"),
+        "cells": _rows(describe(merge_tallies(fine, [1, 2])), "dataset", "language"),
+        "by": {column: _rows(describe(tally(column)), column) for column in by},
+        "unit": config.data.training_mixture.unit if has_shares else None,
+        "components": index.statistics["components"],
+        "validation": _validation(config),
+        "warnings": [],
+    }
+    plan["warnings"] = data_warnings(plan)
+    return plan
+
+
+def _rows(described: dict[tuple[str, ...], TallyRow], *columns: str) -> list[dict[str, Any]]:
+    return [{**dict(zip(columns, key, strict=True)), **row} for key, row in described.items()]
+
+
+def _run_totals(config: RunConfig, entries: Sequence[dict[str, Any]], *, fill: RowFill) -> RunTotals:
+    steps, rows_per_step = config.train_steps, config.batch.global_batch_size
+    totals = {name: sum(row[name] for row in entries) for name in ("examples", "tokens", "target_tokens", "available")}
+    return {
+        "steps": steps,
+        "warmup_steps": config.schedule.lr_warmup_steps,
+        "rows": steps * rows_per_step,
+        "examples": totals["examples"],
+        "tokens": totals["tokens"],
+        "target_tokens": totals["target_tokens"],
+        "epochs": totals["examples"] / totals["available"],
+        "rows_per_step": rows_per_step,
+        "examples_per_step": totals["examples"] / steps,
+        "tokens_per_step": totals["tokens"] / steps,
+        "target_tokens_per_step": totals["target_tokens"] / steps,
+        "examples_per_row": totals["examples"] / (steps * rows_per_step),
+        "row_fill": fill,
+    }
+
+
+def _validation(config: RunConfig) -> list[dict[str, Any]]:
+    """Describe what is measured of each validation dataset: its first `evaluation.rows` rows."""
+    described = []
+    entries = config.data.validation_datasets
+    for entry, dataset in zip(entries, open_datasets(entries), strict=True):
+        index = pack_dataset(
+            dataset,
+            entry=entry,
+            split_seed=config.data.split_seed,
+            sequence_length=config.batch.sequence_length,
+            long_examples=config.data.long_examples,
+            rows=config.evaluation.rows,
+        )
+        statistics = cast(dict[str, Any], index.statistics)
+        names = ("rows", "examples", "tokens", "target_tokens", "dropped", "truncated", "empty")
+        described.append({"name": dataset.name, "records": len(dataset), **{n: statistics[n] for n in names}})
+    return described
