@@ -5,6 +5,7 @@ r"""What stands around and between the exemplars of a few-shot prompt.
     lines                             \n             \n\n
     hashes                            \n             \n###\n
     arrow                             \n=>_          \n\n
+    inline                            _              \n\n
     question_answer    Q:_            \nA:_          \n\n
     question_answer_words  Question:_ \nAnswer:_     \n\n
     input_output       Input:_        \nOutput:_     \n\n
@@ -16,7 +17,8 @@ r"""What stands around and between the exemplars of a few-shot prompt.
                                      A:                 the prompt ends here; its target is "7"
 
 Styles with words are drawn only for prompts worded in English that bring no cue of their own ("Question: ...",
-"... Answer:"); otherwise a style without words is drawn.
+"... Answer:"); otherwise a style without words is drawn. Behind a cue at the end of a prompt stands white space alone,
+and `inline` stands behind nothing else.
 Source:  google-research/FLAN, flan/v2/few_shot.py (`x_y_delimiter`, `inputs_prefix`, `targets_prefix`,
 `example_separator`).
 """
@@ -69,10 +71,11 @@ def drawn_delimiter(
     Args:    styles: what to draw from; if all have words, all suit. language: of the template; None counts as English.
              key: what the draw follows from, beside whether words suit the prompt.
     """
-    words_suit = language in (None, "en") and not begins_with_cue(inputs) and not ends_in_cue(inputs)
-    without_words = [style for style in styles if not style.worded]
-    # A caller that offers styles with words alone has chosen them for its language.
-    fitting = styles if words_suit or not without_words else without_words
+    cue = ends_in_cue(inputs)
+    words_suit = language in (None, "en") and not begins_with_cue(inputs) and not cue
+    # Where nothing is left, the caller's styles are all of one kind, chosen for the templates at hand.
+    fitting = [style for style in styles if (style.target.isspace() if cue else style.target != " ")] or styles
+    fitting = [style for style in fitting if words_suit or not style.worded] or fitting
     return fitting[drawn_number(*key, "delimiter") % len(fitting)]
 
 
@@ -81,6 +84,7 @@ DELIMITERS = (
     DelimiterStyle("lines", "", "\n", "\n\n"),
     DelimiterStyle("hashes", "", "\n", "\n###\n"),
     DelimiterStyle("arrow", "", "\n=> ", "\n\n"),
+    DelimiterStyle("inline", "", " ", "\n\n"),
     DelimiterStyle("question_answer", "Q: ", "\nA: ", "\n\n"),
     DelimiterStyle("question_answer_words", "Question: ", "\nAnswer: ", "\n\n"),
     DelimiterStyle("input_output", "Input: ", "\nOutput: ", "\n\n"),

@@ -126,8 +126,8 @@ def _clear_others(output_directory: Path, parts: dict[str, RenderPart], *, overw
     if found and not overwrite:
         raise ConfigError(
             f"{output_directory} holds {len(found)} files of another job, or of this one before its templates, "
-            f"settings or sources changed, {found[0]} first; name another --output-directory, or say --overwrite to render "
-            "them anew and remove those that this job has not."
+            f"settings or sources changed, {found[0]} first; name another --output-directory, or say --overwrite to "
+            "render them anew and remove those that this job has not."
         )
     for file in found:
         safe_child(output_directory, file).unlink()
