@@ -54,6 +54,7 @@ def _pack_run(arguments: argparse.Namespace) -> dict[str, Any]:
     from megatron_xmtf.config import load_config
     from megatron_xmtf.data.mixture import open_datasets
     from megatron_xmtf.data.packing import build_packing_index, index_directory, index_path, pack_dataset
+    from megatron_xmtf.evaluation.guarding import drop_flagged
 
     for option in ("sequence_length", "seed", "long_examples"):
         if getattr(arguments, option) is not None:
@@ -64,13 +65,15 @@ def _pack_run(arguments: argparse.Namespace) -> dict[str, Any]:
     path, *overrides = arguments.config
     config = load_config(path, overrides)
     directory = index_directory(config)
+    datasets = open_datasets(config.data.training_datasets)
     index = build_packing_index(
-        open_datasets(config.data.training_datasets),
+        datasets,
         data=config.data,
         sequence_length=config.batch.sequence_length,
         rows_needed=config.train_steps * config.batch.global_batch_size,
         seed=config.seed,
         directory=directory,
+        guards=drop_flagged(config, datasets),
     )
     entries = config.data.validation_datasets
     validation = [

@@ -249,6 +249,23 @@ class MixtureConfig(SelectionConfig):
             for prefix, name in short.items()
         }
 
+    def selections(self) -> Iterator[tuple[str, list[SelectionConfig], str | None]]:
+        """Yield each dataset's prefix, the conditions on it and around it, and its interval of documents; a prefix may
+        come several times, and those of the pinch come last."""
+
+        def walk(
+            entries: list[MixtureEntry], around: list[SelectionConfig], split: str | None
+        ) -> Iterator[tuple[str, list[SelectionConfig], str | None]]:
+            for entry in entries:
+                if entry.prefix is not None:
+                    yield entry.prefix, [*around, entry], entry.split or split
+                yield from walk(entry.entries, [*around, entry], entry.split or split)
+
+        yield from walk(self.entries, [self], self.split)
+        if self.pinch is not None:
+            for prefix in self.pinch.prefixes:
+                yield prefix, [self.pinch], self.pinch.split or self.split
+
     def path(self, prefix: str) -> str:
         """Return where a prefix lies."""
         return prefix if self.root is None else str(Path(self.root) / prefix)

@@ -41,6 +41,46 @@ class DatasetConfig(SelectionConfig):
     """Relative number of examples drawn from this dataset. None for all: each example once an epoch."""
 
 
+class GuardsConfig(Section):
+    """Which examples of the mixture repeat one another, or repeat what the run is evaluated on.
+
+    `xmtf plan` reports; `xmtf pack` and `xmtf train` look only where something is to be dropped.
+    """
+
+    duplicates: Literal["off", "report", "drop"] = "report"
+    """Examples whose inputs and targets equal an earlier example's after normalisation (case, punctuation, spaces).
+    report: counted; drop: counted and not trained on; off: not looked for."""
+    near_duplicates: Literal["off", "report", "drop"] = "off"
+    """Examples that are nearly an earlier one of the same dataset and template. As `duplicates`."""
+    contamination: Literal["off", "report", "drop"] = "report"
+    """Examples that hold a text of `evaluation.tasks`. As `duplicates`."""
+    ngram_words: Annotated[int, Field(ge=2, strict=True)] = 13
+    """Words of the n-grams whose overlap is contamination. 13: GPT-3, AlexaTM."""
+    ngram_characters: Annotated[int, Field(ge=2, strict=True)] = 30
+    """The same in letters of scripts without spaces (kana, Thai, Lao, Khmer, Myanmar, Tibetan; Han counts 1.5 each)."""
+    short_ngram_words: Annotated[int, Field(ge=2, strict=True)] = 8
+    """A shorter evaluation text is looked for as a whole if it has this many words. 8: GPT-3."""
+    short_ngram_characters: Annotated[int, Field(ge=2, strict=True)] = 18
+    """The same in letters."""
+    minimum_overlap: Fraction = 0.0
+    """Share of an evaluation text's n-grams that an example must hold. 0: one of them is enough."""
+    jaccard: Annotated[float, Field(ge=0.1, le=1)] = 0.8
+    """Least similarity of near duplicates, of their inputs and of their targets."""
+    boilerplate: Annotated[float, Field(ge=0.01, le=1)] = 0.2
+    """Wording in at least this share of a template's examples is the template's and does not count."""
+    workers: PositiveInt = 1
+    """Processes that scan; the result is the same for any number."""
+    directory: str | None = None
+    """Where results are kept. Default: `OUT/guards`."""
+
+    @model_validator(mode="after")
+    def _sizes(self) -> GuardsConfig:
+        for short, full in (("short_ngram_words", "ngram_words"), ("short_ngram_characters", "ngram_characters")):
+            if getattr(self, short) > getattr(self, full):
+                raise ValueError(f"{short}={getattr(self, short)} is more than {full}={getattr(self, full)}")
+        return self
+
+
 class DataConfig(Section):
     """Which examples are read, and how they are packed into rows."""
 
@@ -60,6 +100,8 @@ class DataConfig(Section):
     runs that differ in their seed hold out the same documents."""
     long_examples: Literal["drop", "truncate_inputs_left", "truncate_inputs_right", "error"] = "drop"
     """What happens to an example longer than a row; always counted. drop: BLOOMZ."""
+    guards: GuardsConfig = GuardsConfig()
+    """Duplicates and contamination: what is looked for, and what is left out."""
     index_directory: str | None = None
     """Where packing indexes are kept. Default: `OUT/packing`."""
     build_index: bool = True

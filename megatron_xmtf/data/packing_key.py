@@ -41,6 +41,7 @@ def packing_key(
     Returns: (SHA-256 in hexadecimal, what was hashed). A dataset counts by its manifest's content, or without
              one by its sizes; never by its path, so that moved data keep their index.
     """
+    dropped = guards.settings.dropped() if guards is not None else ()
     inputs = {
         "algorithm_version": [ALGORITHM_VERSION, MIXTURE_VERSION],
         "datasets": [
@@ -52,7 +53,8 @@ def packing_key(
         "long_examples": long_examples,
         "seed": seed,
         "rows_needed": rows_needed,
-        "guards": None if guards is None else {"key": guards.key, "drop": list(guards.settings.dropped())},
+        # Guards that only report change no row, so that a plan opens the index that training opens.
+        "guards": {"key": guards.key, "drop": list(dropped)} if guards is not None and dropped else None,
     }
     return sha256_json(inputs), inputs
 

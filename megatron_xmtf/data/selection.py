@@ -17,11 +17,19 @@ from fnmatch import fnmatchcase
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xmtf.config.mixture import SelectionConfig, parse_interval
+from megatron_xmtf.config.mixture import MixtureConfig, SelectionConfig, parse_interval
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.errors import ConfigError, DatasetError, nearest_names
 
-__all__ = ["choose_examples", "document_numbers", "in_interval", "scramble", "select_examples"]
+__all__ = [
+    "choose_examples",
+    "combinations",
+    "document_numbers",
+    "in_interval",
+    "scramble",
+    "select_examples",
+    "selected_by_mixture",
+]
 
 
 def scramble(values: NDArray[np.uint64], *, seed: int) -> NDArray[np.uint64]:
@@ -83,6 +91,23 @@ def select_examples(
             f"split={split!r} and {kept or 'no other condition'}; widen the selection or leave the dataset out."
         )
     return chosen
+
+
+def selected_by_mixture(
+    datasets: Sequence[ExampleDataset], mixture: MixtureConfig, *, split_seed: int
+) -> list[NDArray[np.bool_]]:
+    """Tell for each dataset which examples an entry of the mixture, or its pinch, selects, bool [examples].
+
+    Args:    datasets: those of `mixture.prefixes()`, in that order.
+    Raises:  as `select_examples`.
+    """
+    number_of = {prefix: number for number, prefix in enumerate(mixture.prefixes())}
+    selected = [np.zeros(len(dataset), np.bool_) for dataset in datasets]
+    for prefix, selections, split in mixture.selections():
+        number = number_of[prefix]
+        chosen = select_examples(datasets[number], selections, split=split, split_seed=split_seed)
+        selected[number] |= True if chosen is None else chosen
+    return selected
 
 
 def _matching(dataset: ExampleDataset, column: str, patterns: Sequence[str], *, what: str) -> NDArray[np.bool_]:

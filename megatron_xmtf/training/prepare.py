@@ -31,6 +31,7 @@ from megatron_xmtf.data.packing_index import PackingIndex
 from megatron_xmtf.data.rows import PackedRows
 from megatron_xmtf.data.tokenizer import Tokenizer
 from megatron_xmtf.errors import CheckpointError, ConfigError, CorruptCheckpointError, MissingError
+from megatron_xmtf.evaluation.guarding import drop_flagged
 from megatron_xmtf.files import require_directory, sha256_json
 from megatron_xmtf.models.architecture import BloomArchitecture, architecture_from_hf, architecture_from_mapping
 from megatron_xmtf.parallel.topology import check_world_size
@@ -231,4 +232,5 @@ def _index(config: RunConfig, datasets: Sequence[ExampleDataset]) -> PackingInde
         rows_needed=config.train_steps * config.batch.global_batch_size,
         seed=config.seed,
         directory=index_directory(config),
+        guards=drop_flagged(config, datasets, build=config.data.build_index),
     )

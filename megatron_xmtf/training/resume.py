@@ -22,6 +22,8 @@ FREE_KEYS = (
     "recompute",
     "batch.micro_batch_size",
     "data.build_index",
+    "data.guards.directory",
+    "data.guards.workers",
     "data.index_directory",
     "data.validation",
 )
