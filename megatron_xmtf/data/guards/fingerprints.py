@@ -7,7 +7,7 @@ MinHash: 14 bands of 5 minima each, a band hashed into 32 bits: 56 bytes an exam
 have Jaccard similarity s share at least one band with probability 1 - (1 - s**5)**14:
 
     s            0.3    0.5    0.7    0.8     0.85    0.9     0.95
-    probability  0.03   0.36   0.93   0.996   0.9996  1.0000  1.0000
+    probability  0.03   0.36   0.92   0.996   0.9996  1.0000  1.0000
 
 Source:  A. Broder, On the resemblance and containment of documents (1997); banding as in J. Leskovec, A. Rajaraman and
          J. Ullman, Mining of Massive Datasets, chapter 3.

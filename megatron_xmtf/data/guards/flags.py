@@ -49,6 +49,8 @@ class GuardFlags:
     """SHA-256 of everything that changes the flags."""
     key_inputs: dict[str, Any]
     """What the key is the hash of."""
+    settings: GuardSettings
+    """As given by whoever made or opened the flags: what is dropped is said here, and changes no flag."""
 
     def excluded(
         self, dataset_number: int, drop: Sequence[str] = ("duplicates", "near_duplicates", "contamination")
@@ -132,10 +134,10 @@ def open_flags(
             f"there are no guard flags {path} for these datasets, evaluation tasks and guards; run `xmtf pack CONFIG` "
             "with the same configuration."
         )
-    return load_flags(path, key=key, lengths=[len(dataset) for dataset in datasets])
+    return load_flags(path, key=key, lengths=[len(dataset) for dataset in datasets], settings=settings)
 
 
-def load_flags(path: Path, *, key: str, lengths: Sequence[int]) -> GuardFlags:
+def load_flags(path: Path, *, key: str, lengths: Sequence[int], settings: GuardSettings) -> GuardFlags:
     """Open one directory of flags after checking every byte.
 
     Raises:  DatasetError: missing, truncated or altered files, another key, or flags of other datasets.
@@ -158,7 +160,7 @@ def load_flags(path: Path, *, key: str, lengths: Sequence[int]) -> GuardFlags:
     if not isinstance(files, dict) or len(files) != len(lengths):
         raise _damaged(path, f"{MANIFEST} does not list {len(lengths)} files")
     flags = [_load(path, f"flags_{number:05d}.npy", files, length) for number, length in enumerate(lengths)]
-    return GuardFlags(flags, manifest["report"], manifest["key"], manifest["key_inputs"])
+    return GuardFlags(flags, manifest["report"], manifest["key"], manifest["key_inputs"], settings)
 
 
 def _load(directory: Path, name: str, files: dict[str, Any], length: int) -> NDArray[np.uint8]:

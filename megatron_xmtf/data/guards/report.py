@@ -75,9 +75,9 @@ class ContaminationTally:
         order = np.lexsort((finds.texts, finds.examples, ~finds.exact, -finds.overlaps))
         for task in np.unique(tasks).tolist():
             worst = self.worst.setdefault((dataset, task), [])
-            of_task = order[tasks[order] == task]
-            _, first = np.unique(finds.examples[of_task], return_index=True)  # an example once, with its worst text
-            for at in of_task[np.sort(first)[:SHOWN_PER_TASK]].tolist():
+            ranked = order[tasks[order] == task]
+            _, once = np.unique(finds.examples[ranked], return_index=True)  # an example once, with its worst text
+            for at in ranked[np.sort(once)[:SHOWN_PER_TASK]].tolist():
                 share, text, exact = float(finds.overlaps[at]), int(finds.texts[at]), bool(finds.exact[at])
                 example = int(finds.examples[at])
                 worst.append((-max(share, float(exact)), first + example, int(ids[example]), text, exact))

@@ -104,13 +104,12 @@ def scan(
         datasets, tokenizer=tokenizer, evaluation_texts=evaluation_texts, settings=settings, selected=selected
     )
     path = flags_path(directory, key)
-    lengths = [len(dataset) for dataset in datasets]
     if not path.exists():
         corpus = Corpus(datasets, selected=selected or [None] * len(datasets))
         run = _Scan(corpus, tokenizer, evaluation_texts, settings, workers=workers, show_progress=show_progress)
         with _first_one_kept(path), atomic_directory(path) as temporary:
-            GuardFlags(*run.flags_and_report(temporary), key, key_inputs).write(temporary)
-    return load_flags(path, key=key, lengths=lengths)
+            GuardFlags(*run.flags_and_report(temporary), key, key_inputs, settings).write(temporary)
+    return load_flags(path, key=key, lengths=[len(dataset) for dataset in datasets], settings=settings)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ LETTERS = (
     (0x1000, 0x109F),  # Myanmar
     (0x1780, 0x17FF),  # Khmer
     (0x3040, 0x312F),  # Hiragana, Katakana, Bopomofo
+    (0x31A0, 0x31BF),  # Bopomofo, extended
     (0x31F0, 0x31FF),  # Katakana, small letters
     (0xA9E0, 0xA9FF),  # Myanmar, extended
     (0xAA60, 0xAA7F),
