@@ -48,5 +48,5 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(word_data_plan(plan, fold=not arguments.all))
         if arguments.html:
-            print(f"\npage       {arguments.html}")
+            print(f"\n{'page':<9}{arguments.html}")
     return int(ExitCode.DONE)

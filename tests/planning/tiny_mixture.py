@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,11 +18,13 @@ def words(generator: np.random.Generator, longest: int) -> str:
     return "".join(chr(97 + int(letter)) for letter in generator.integers(0, 26, generator.integers(1, longest)))
 
 
-def write_dataset(prefix: Path, records: list[dict[str, Any]], tokenizer: Path) -> str:
+def write_dataset(
+    prefix: Path, records: list[dict[str, Any]], tokenizer: Path, *, kind: Literal["pairs", "text"] = "pairs"
+) -> str:
     """Preprocess records; a byte is a token, a target has a space before it and an end-of-sequence token."""
     source = prefix.with_suffix(".jsonl")
     source.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    preprocess([source], tokenizer=Tokenizer.load(tokenizer), output_prefix=prefix, workers=1)
+    preprocess([source], tokenizer=Tokenizer.load(tokenizer), output_prefix=prefix, workers=1, kind=kind)
     return str(prefix)
 
 
