@@ -75,7 +75,7 @@ def test_configuration_table_names_every_key() -> None:
     for name, field in RunConfig.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             sections[name] = set(field.annotation.model_fields)
-    assert named.pop("data") == sections.pop("data") | {"prefix", "name", "weight"}
+    assert named.pop("data") == sections.pop("data") | set(DatasetConfig.model_fields)
     assert named == sections
     assert top == set(RunConfig.model_fields) - set(sections) - {"data"}
 
