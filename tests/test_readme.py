@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 from megatron_xmtf.cli import VERBS, main
-from megatron_xmtf.config import RunConfig, config_from_mapping, load_config
+from megatron_xmtf.config import DatasetConfig, RunConfig, config_from_mapping, load_config
 from megatron_xmtf.errors import ExitCode
 from tests.tiny import write_tiny_bloom
 
