@@ -100,6 +100,11 @@ class SegmentEncoder:
         self._lead_ids = self._encode_all([ANCHOR])[0] if rule.start_differs else []
         self._borders = _Borders(self._backend.normalizer, both=rule.requires == "both") if rule.normalized else None
 
+    @property
+    def remembered_bytes(self) -> int:
+        """Return what is taken by the present generation; the one before takes no more than it did when it ended."""
+        return self._used_bytes
+
     def encode(self, texts: Sequence[str], *, prefix: str = "") -> list[bytes]:
         """Return the ids of each text, `prefix` put before it, as bytes of the dtype."""
         self._forget_old()
