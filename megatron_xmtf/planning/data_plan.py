@@ -9,20 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.data.example_dataset import ExampleDataset
+from megatron_xmtf.data.guards import GuardFlags
 from megatron_xmtf.data.loader import require_even_deal
 from megatron_xmtf.data.mixture import open_datasets
-from megatron_xmtf.data.packing import build_packing_index, index_directory, index_path, pack_dataset
+from megatron_xmtf.data.packing import build_packing_index, index_directory, index_path
 from megatron_xmtf.data.packing_index import ComponentStatistics, PackingIndex
 from megatron_xmtf.errors import ConfigError, nearest_names
 from megatron_xmtf.planning.draws import count_draws
+from megatron_xmtf.planning.guard_plan import GuardPlan, describe_guards, find_flags
 from megatron_xmtf.planning.lengths import LengthHistogram, RowFill, length_histogram, row_fill
 from megatron_xmtf.planning.plan_warnings import PlanWarning, data_warnings
 from megatron_xmtf.planning.readable import find_readable
-from megatron_xmtf.planning.tally import TallyRow, describe, merge_tallies, tally_examples
+from megatron_xmtf.planning.tally import describe, merge_tallies, tally_examples
+from megatron_xmtf.planning.validation_plan import ValidationPlan, plan_validation
 
 __all__ = ["DataPlan", "RunTotals", "build_data_plan", "plan_data"]
 
@@ -72,8 +75,9 @@ class DataPlan(TypedDict):
     """What the mixture counts: examples, tokens or target_tokens; None for a list of datasets without weights."""
     components: list[ComponentStatistics]
     """The parts of the mixture: wanted_share and share of the whole in that unit, epochs, what held it."""
-    validation: list[dict[str, Any]]
-    """name, rows, examples, tokens, target_tokens, dropped, truncated, empty."""
+    guards: GuardPlan
+    """What was looked for; the lines of all tables have the keys `guards.checked`, of `GuardCounts`."""
+    validation: list[ValidationPlan]
     warnings: list[PlanWarning]
 
 
@@ -90,6 +94,7 @@ def build_data_plan(config: RunConfig, *, by: Sequence[str] = ()) -> DataPlan:
     for column in by:
         if column not in known:
             raise ConfigError(f"no dataset has a column {column!r}, {nearest_names(column, known)}.")
+    flags, why_none = find_flags(config, datasets)
     directory = index_directory(config)
     index = build_packing_index(
         datasets,
@@ -98,20 +103,31 @@ def build_data_plan(config: RunConfig, *, by: Sequence[str] = ()) -> DataPlan:
         rows_needed=config.train_steps * config.batch.global_batch_size,
         seed=config.seed,
         directory=directory,
+        guards=flags if flags is not None and flags.settings.dropped() else None,
     )
-    return plan_data(config, datasets, index, path=index_path(directory, index.key), by=by)
+    path = index_path(directory, index.key)
+    return plan_data(config, datasets, index, path=path, flags=flags, why_no_flags=why_none, by=by)
 
 
 def plan_data(
-    config: RunConfig, datasets: Sequence[ExampleDataset], index: PackingIndex, *, path: Path, by: Sequence[str] = ()
+    config: RunConfig,
+    datasets: Sequence[ExampleDataset],
+    index: PackingIndex,
+    *,
+    path: Path,
+    flags: GuardFlags | None = None,
+    why_no_flags: str = "",
+    by: Sequence[str] = (),
 ) -> DataPlan:
     """Count what a run reads of an index.
 
-    Args:    datasets: those of the index, in its order. path: where the index lies. by: as `build_data_plan`.
+    Args:    datasets: those of the index, in its order. path: where the index lies. flags, why_no_flags: of
+             `find_flags`. by: as `build_data_plan`.
     """
+    guards = describe_guards(config, flags, why_no_flags)
     capacity, normalization = index.sequence_length + 1, config.loss.normalization
     rows = config.train_steps * config.batch.global_batch_size
-    readable = find_readable(config, datasets)
+    readable = find_readable(config, datasets, guards=flags)
     per_micro_batch = normalization == "target_sequence_per_micro_batch"
     draws = count_draws(
         datasets,
@@ -122,10 +138,21 @@ def plan_data(
     )
 
     def tally(*columns: str) -> Any:
-        return tally_examples(datasets, readable, draws, by=columns, normalization=normalization)
+        return tally_examples(
+            datasets,
+            readable,
+            draws,
+            by=columns,
+            normalization=normalization,
+            flags=None if flags is None else flags.flags,
+        )
+
+    def lines(tallies: Any, *columns: str) -> list[dict[str, Any]]:
+        described = describe(tallies, guards=guards["checked"])
+        return [{**dict(zip(columns, key, strict=True)), **row} for key, row in described.items()]
 
     fine = tally("entry", "dataset", "language")
-    entries = _rows(describe(merge_tallies(fine, [0])), "entry")
+    entries = lines(merge_tallies(fine, [0]), "entry")
     has_shares = config.data.mixture is not None or any(entry.weight is not None for entry in config.data.train)
     order = {dataset.name: place for place, dataset in enumerate(datasets)}
     entries.sort(key=lambda row: order[row["entry"]])
@@ -138,21 +165,18 @@ def plan_data(
         "run": _run_totals(config, entries, fill=row_fill(draws.row_tokens, capacity=capacity)),
         "lengths": length_histogram(datasets, readable, draws, capacity=capacity),
         "entries": entries,
-        "datasets": _rows(describe(merge_tallies(fine, [1])), "dataset"),
-        "languages": _rows(describe(merge_tallies(fine, [2])), "language"),
-        "cells": _rows(describe(merge_tallies(fine, [1, 2])), "dataset", "language"),
-        "by": {column: _rows(describe(tally(column)), column) for column in by},
+        "datasets": lines(merge_tallies(fine, [1]), "dataset"),
+        "languages": lines(merge_tallies(fine, [2]), "language"),
+        "cells": lines(merge_tallies(fine, [1, 2]), "dataset", "language"),
+        "by": {column: lines(tally(column), column) for column in by},
         "unit": config.data.training_mixture.unit if has_shares else None,
         "components": index.statistics["components"],
-        "validation": _validation(config),
+        "guards": guards,
+        "validation": plan_validation(config, datasets, [one.is_selected for one in readable]),
         "warnings": [],
     }
     plan["warnings"] = data_warnings(plan)
     return plan
-
-
-def _rows(described: dict[tuple[str, ...], TallyRow], *columns: str) -> list[dict[str, Any]]:
-    return [{**dict(zip(columns, key, strict=True)), **row} for key, row in described.items()]
 
 
 def _run_totals(config: RunConfig, entries: Sequence[dict[str, Any]], *, fill: RowFill) -> RunTotals:
@@ -173,22 +197,3 @@ def _run_totals(config: RunConfig, entries: Sequence[dict[str, Any]], *, fill: R
         "examples_per_row": totals["examples"] / (steps * rows_per_step),
         "row_fill": fill,
     }
-
-
-def _validation(config: RunConfig) -> list[dict[str, Any]]:
-    """Describe what is measured of each validation dataset: its first `evaluation.rows` rows."""
-    described = []
-    entries = config.data.validation_datasets
-    for entry, dataset in zip(entries, open_datasets(entries), strict=True):
-        index = pack_dataset(
-            dataset,
-            entry=entry,
-            split_seed=config.data.split_seed,
-            sequence_length=config.batch.sequence_length,
-            long_examples=config.data.long_examples,
-            rows=config.evaluation.rows,
-        )
-        statistics = cast(dict[str, Any], index.statistics)
-        names = ("rows", "examples", "tokens", "target_tokens", "dropped", "truncated", "empty")
-        described.append({"name": dataset.name, "records": len(dataset), **{n: statistics[n] for n in names}})
-    return described

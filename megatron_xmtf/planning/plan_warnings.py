@@ -29,7 +29,7 @@ class PlanWarning(TypedDict):
     """One warning."""
 
     kind: str
-    """repeats, rare, lost, unread, limited, fill, loss, unknown or warmup."""
+    """contamination, validation, repeats, rare, lost, unread, duplicates, limited, fill, loss, unknown or warmup."""
     message: str
     group: dict[str, str]
     """What it is about: dataset, language, component; empty for the run."""
@@ -37,11 +37,68 @@ class PlanWarning(TypedDict):
 
 def data_warnings(plan: DataPlan) -> list[PlanWarning]:
     """Find what is worth a word, the gravest first."""
-    found = [*_unread(plan), *_lost(plan), *_repeats(plan), *_limited(plan), *_run(plan), *_out_of_proportion(plan)]
+    found = [
+        *_contaminated(plan),
+        *_held_out(plan),
+        *_unread(plan),
+        *_lost(plan),
+        *_duplicates(plan),
+        *_repeats(plan),
+        *_limited(plan),
+        *_run(plan),
+        *_out_of_proportion(plan),
+    ]
     return [{"kind": kind, "message": message, "group": group} for kind, group, message in found]
 
 
 Found = Iterator[tuple[str, dict[str, str], str]]
+
+
+def _contaminated(plan: DataPlan) -> Found:
+    """Word every dataset that holds texts of an evaluation task: few are too many."""
+    if "contaminated" not in plan["guards"]["checked"]:
+        return
+    read = (
+        "they are not read"
+        if plan["guards"]["settings"]["contamination"] == "drop"
+        else ("leave them out with data.guards.contamination=drop")
+    )
+    for row in plan["entries"]:
+        if row["contaminated"]:
+            tasks = sorted(
+                {part["task"] for part in plan["guards"]["contamination"] if part["dataset"] == row["entry"]}
+            )
+            yield (
+                "contamination",
+                {"entry": row["entry"]},
+                f"{row['contaminated']:,} of the {row['selected']:,} {row['entry']} records hold texts of "
+                f"{_listed(tasks)}, which the run is evaluated on: {read}.",
+            )
+
+
+def _held_out(plan: DataPlan) -> Found:
+    for part in plan["validation"]:
+        if part["trained_on"]:
+            yield (
+                "validation",
+                {"validation": part["name"]},
+                f"{percent(part['trained_on'] / part['selected'])} of the validation records of {part['name']} are of "
+                "documents that are trained on: give both a split, such as 0:0.95 and 0.95:1.",
+            )
+
+
+def _duplicates(plan: DataPlan) -> Found:
+    for name, words in (("duplicates", "repeat an earlier one"), ("near_duplicates", "are nearly an earlier one")):
+        if name not in plan["guards"]["checked"] or plan["guards"]["settings"][name] == "drop":
+            continue
+        for row in plan["datasets"]:
+            if row["selected"] and row[name] / row["selected"] >= LOST_FRACTION:
+                yield (
+                    "duplicates",
+                    {"dataset": row["dataset"]},
+                    f"{percent(row[name] / row['selected'])} of the {row['dataset']} records ({row[name]:,} of "
+                    f"{row['selected']:,}) {words}: leave them out with data.guards.{name}=drop.",
+                )
 
 
 def _unread(plan: DataPlan) -> Found:

@@ -7,22 +7,18 @@ fitting     in a component of the mixture            ->  available          (els
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xmtf.config.mixture import MixtureConfig, MixtureEntry, SelectionConfig
 from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.data.build_mixture import build_mixture
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.fitting import FittingExamples, fit_examples
-from megatron_xmtf.data.selection import select_examples
-
-if TYPE_CHECKING:
-    from megatron_xmtf.data.guards import GuardFlags
+from megatron_xmtf.data.guards import GuardFlags
+from megatron_xmtf.data.selection import selected_by_mixture
 
 __all__ = ["ReadableExamples", "find_readable"]
 
@@ -57,7 +53,7 @@ def find_readable(
         split_seed=data.split_seed,
         excluded=[guards.excluded(number, drop=drop) for number in range(len(datasets))] if guards and drop else None,
     )
-    selected = _select(data.training_mixture, datasets, split_seed=data.split_seed)
+    selected = selected_by_mixture(datasets, data.training_mixture, split_seed=data.split_seed)
     found = []
     for number, dataset in enumerate(datasets):
         is_available = np.zeros(len(dataset), np.bool_)
@@ -69,31 +65,3 @@ def find_readable(
         )
         found.append(ReadableExamples(fitting=fitting, is_selected=selected[number], is_available=is_available))
     return found
-
-
-def _select(mixture: MixtureConfig, datasets: Sequence[ExampleDataset], *, split_seed: int) -> list[NDArray[np.bool_]]:
-    """Return for each dataset [examples] whether an entry, or the pinch, selects it."""
-    number_of = {prefix: number for number, prefix in enumerate(mixture.prefixes())}
-    selected = [np.zeros(len(dataset), np.bool_) for dataset in datasets]
-    for prefix, selections, split in _selections(mixture):
-        number = number_of[prefix]
-        chosen = select_examples(datasets[number], selections, split=split, split_seed=split_seed)
-        selected[number] |= True if chosen is None else chosen
-    return selected
-
-
-def _selections(mixture: MixtureConfig) -> Iterator[tuple[str, list[SelectionConfig], str | None]]:
-    """Give each dataset of the tree with all conditions around it, and the nearest split."""
-
-    def walk(
-        entries: Sequence[MixtureEntry], around: list[SelectionConfig], split: str | None
-    ) -> Iterator[tuple[str, list[SelectionConfig], str | None]]:
-        for entry in entries:
-            if entry.prefix is not None:
-                yield entry.prefix, [*around, entry], entry.split or split
-            yield from walk(entry.entries, [*around, entry], entry.split or split)
-
-    yield from walk(mixture.entries, [mixture], mixture.split)
-    if mixture.pinch is not None:
-        for prefix in mixture.pinch.prefixes:
-            yield prefix, [mixture.pinch], mixture.pinch.split or mixture.split

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.planning.draws import Draws
+from megatron_xmtf.planning.guard_plan import FLAG_BITS
 from megatron_xmtf.planning.readable import ReadableExamples
 
-__all__ = ["UNKNOWN", "Tally", "TallyRow", "describe", "merge_tallies", "tally_examples"]
+__all__ = ["UNKNOWN", "GuardCounts", "Tally", "TallyRow", "describe", "merge_tallies", "tally_examples"]
 
 BLOCK_EXAMPLES = 1 << 21
 """Examples counted at a time."""
@@ -50,6 +51,16 @@ class TallyRow(TypedDict):
     most_draws: int
 
 
+class GuardCounts(TypedDict, total=False):
+    """Further keys of a line, for what the guards looked for; of the selected records."""
+
+    duplicates: int
+    """Records that repeat an earlier one."""
+    near_duplicates: int
+    contaminated: int
+    """Records that hold a text of an evaluation task."""
+
+
 @dataclass
 class Tally:
     """Counts of one group; sums, but for `most_draws`."""
@@ -67,6 +78,9 @@ class Tally:
     loss: float = 0.0
     """In units of the loss: target tokens, targets, or micro-batches."""
     most_draws: int = 0
+    duplicates: int = 0
+    near_duplicates: int = 0
+    contaminated: int = 0
 
     def add(self, other: Tally) -> None:
         """Take another group's counts in."""
@@ -86,11 +100,12 @@ def tally_examples(
     *,
     by: Sequence[str],
     normalization: str,
+    flags: Sequence[NDArray[np.uint8]] | None = None,
 ) -> Tallies:
     """Count by the names of some columns.
 
     Args:    by: columns of the data, or "entry", the dataset's own name in the configuration. "dataset" is what the
-             records say, and where they do not, the entry.
+             records say, and where they do not, the entry. flags: of the guards, [examples] of each dataset.
     Returns: counts by the tuple of names, in the order of the data.
     """
     found: Tallies = {}
@@ -108,6 +123,9 @@ def tally_examples(
                 loss = times * (values["target_tokens"] > 0)
             else:
                 loss = draws.micro_batch_loss[number][block]
+            if flags is not None:
+                for column, bits in FLAG_BITS.items():
+                    values[column] = values["selected"] & ((flags[number][block] & np.uint8(bits)) != 0)
             counts.add(codes, loss=loss, **values)
             np.maximum.at(counts.most_draws, codes, times)
         for code, name in enumerate(names):
@@ -195,12 +213,16 @@ def merge_tallies(tallies: Tallies, keep: Iterable[int]) -> Tallies:
     return merged
 
 
-def describe(tallies: Tallies) -> dict[tuple[str, ...], TallyRow]:
-    """Turn counts into lines of a plan, the largest part of the loss first."""
+def describe(tallies: Tallies, *, guards: Sequence[str] = ()) -> dict[tuple[str, ...], Any]:
+    """Turn counts into lines of a plan, the largest part of the loss first.
+
+    Args:    guards: keys of `GuardCounts` that the lines get.
+    Returns: `TallyRow` and those keys, by name of the group.
+    """
     examples, loss = sum(tally.examples for tally in tallies.values()), sum(tally.loss for tally in tallies.values())
-    rows: dict[tuple[str, ...], TallyRow] = {}
+    rows: dict[tuple[str, ...], Any] = {}
     for key, tally in sorted(tallies.items(), key=lambda entry: (-entry[1].loss, entry[0])):
-        rows[key] = {
+        row: TallyRow = {
             "records": tally.records,
             "selected": tally.selected,
             "available": tally.available,
@@ -216,4 +238,5 @@ def describe(tallies: Tallies) -> dict[tuple[str, ...], TallyRow]:
             "epochs": tally.examples / tally.available if tally.available else 0.0,
             "most_draws": tally.most_draws,
         }
+        rows[key] = {**row, **{name: getattr(tally, name) for name in guards}}
     return rows

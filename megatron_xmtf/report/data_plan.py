@@ -17,6 +17,7 @@ __all__ = ["data_plan_page"]
 MOST_COLUMNS = 14
 """Datasets that a heatmap shows by themselves; the others are summed in its last column."""
 OTHERS = "other datasets"
+GUARD_WORDS = {"duplicates": "duplicates", "near_duplicates": "near duplicates", "contaminated": "in tests"}
 
 
 def data_plan_page(plan: DataPlan, *, title: str) -> Page:
@@ -53,6 +54,8 @@ def data_plan_page(plan: DataPlan, *, title: str) -> Page:
         f"{lengths['longest']:,} tokens; a row holds {plan['sequence_length'] + 1:,}."
     )
     page.section("Lengths", Page.figure(length_bars(lengths), caption))
+    if plan["guards"]["contamination"]:
+        page.section("Texts of evaluation tasks in the data", *_contamination(plan))
     page.section("All figures", *_tables(plan))
     return page
 
@@ -123,6 +126,17 @@ def _bare_percent(fraction: float) -> str:
     return percent(fraction).removesuffix(" %")
 
 
+def _contamination(plan: DataPlan) -> list[Html]:
+    """List which task's texts are in which data."""
+    names = ["dataset", "language", "task", "evaluation_language", "examples", "exact", "ngram", "found"]
+    headers = ["dataset", "language", "task", "its language", "records", "exact", "n-grams", "texts found", "of"]
+    parts = sorted(plan["guards"]["contamination"], key=lambda part: -part["examples"])
+    rows = [[part[name] for name in [*names, "evaluation_texts"]] for part in parts]
+    return [
+        Page.table(headers, rows, caption="records that hold a text of the task, and how many of its texts they hold")
+    ]
+
+
 def _tables(plan: DataPlan) -> list[Html]:
     tables: list[tuple[str, Sequence[dict[str, Any]], list[str]]] = [
         ("Datasets", plan["datasets"], ["dataset"]),
@@ -132,9 +146,10 @@ def _tables(plan: DataPlan) -> list[Html]:
         ("Entries of data.train", plan["entries"], ["entry"]),
     ]
     words = ["records", "examples", "tokens", "target tokens", "loss, %", "epochs", "most reads", "cut", "too long"]
+    guards = plan["guards"]["checked"]
     return [
         Page.table(
-            [*names, *words, "empty"],
+            [*names, *words, "empty", *(GUARD_WORDS[name] for name in guards)],
             [
                 [
                     *(row[name] for name in names),
@@ -148,6 +163,7 @@ def _tables(plan: DataPlan) -> list[Html]:
                     row["truncated"],
                     row["dropped"],
                     row["empty"],
+                    *(row[name] for name in guards),
                 ]
                 for row in rows
             ],

@@ -8,6 +8,7 @@ from typing import Any
 from unicodedata import combining, east_asian_width
 
 from megatron_xmtf.planning.data_plan import DataPlan
+from megatron_xmtf.planning.tally import UNKNOWN
 
 __all__ = ["fold_rows", "word_data_plan"]
 
@@ -41,6 +42,9 @@ COLUMNS = [
     _Column("cut", lambda row: f"{row['truncated']:,}", lambda row: bool(row["truncated"])),
     _Column("too long", lambda row: f"{row['dropped']:,}", lambda row: bool(row["dropped"])),
     _Column("empty", lambda row: f"{row['empty']:,}", lambda row: bool(row["empty"])),
+    _Column("duplicate", lambda row: f"{row['duplicates']:,}", lambda row: "duplicates" in row),
+    _Column("near dup.", lambda row: f"{row['near_duplicates']:,}", lambda row: "near_duplicates" in row),
+    _Column("in tests", lambda row: f"{row['contaminated']:,}", lambda row: "contaminated" in row),
 ]
 
 
@@ -64,12 +68,24 @@ def word_data_plan(plan: DataPlan, *, fold: bool = True) -> str:
         parts.append(_word_table(title, fold_rows(rows, names, shown) if fold else rows, names))
     if plan["unit"] is not None:
         parts.append(_word_components(plan, fold=fold))
+    if plan["guards"]["contamination"]:
+        parts.append(_word_contamination(plan))
     if plan["validation"]:
         parts.append(_word_validation(plan))
-    parts.append("most: how often the example that is read most often is read; loss: part of the run's loss.")
+    parts.append(_word_columns(plan))
     if plan["warnings"]:
         parts.append("\n".join(f"! {warning['message']}" for warning in plan["warnings"]))
     return "\n\n".join(parts)
+
+
+def _word_columns(plan: DataPlan) -> str:
+    """Explain the columns whose titles do not."""
+    checked = "contaminated" in plan["guards"]["checked"]
+    return (
+        "loss: part of the run's loss; epochs: how often an example is read on average; most: how often at most"
+        + ("; in tests: records that hold a text of an evaluation task" if checked else "")
+        + "."
+    )
 
 
 def _word_run(plan: DataPlan) -> str:
@@ -101,9 +117,36 @@ def _word_run(plan: DataPlan) -> str:
         ),
         ("", _word_histogram(lengths["edges"], lengths["examples"])),
         ("loss", f"{LOSS_UNITS[plan['normalization']]} ({plan['normalization']})"),
-        ("index", f"{plan['index']}"),
+        ("guards", _word_guards(plan)),
+        ("index", plan["index"]),
     ]
     return "\n".join(f"{name:<9}{words}" for name, words in lines)
+
+
+def _word_guards(plan: DataPlan) -> str:
+    """Say of each guard what it does, or why it could not."""
+    guards, words = plan["guards"], []
+    for name, action in guards["settings"].items():
+        reason = guards["not_checked"].get(name)
+        state = {"off": "not looked for", "report": "counted, and read all the same", "drop": "counted, and not read"}
+        words.append(f"{name.replace('_', ' ')} {'not checked (' + reason + ')' if reason else state[action]}")
+    return "; ".join(words)
+
+
+def _word_contamination(plan: DataPlan) -> str:
+    """List which task's texts are in which data."""
+    names = ("dataset", "language", "task", "evaluation_language")
+    header = ["dataset", "language", "task", "its language", "records", "exact", "n-grams", "texts found", "of"]
+    parts = sorted(plan["guards"]["contamination"], key=lambda part: -part["examples"])
+    lines = [
+        [
+            *(_shorten(part[name] or UNKNOWN) for name in names),
+            *(f"{part[name]:,}" for name in ("examples", "exact", "ngram", "found", "evaluation_texts")),
+        ]
+        for part in parts[: SHOWN["component"]]
+    ]
+    left_out = f"\n... {len(parts) - len(lines):,} more" if len(parts) > len(lines) else ""
+    return f"texts of evaluation tasks in the data\n{align([header, *lines], left=4)}{left_out}"
 
 
 def _word_histogram(edges: Sequence[int], counts: Sequence[int]) -> str:
@@ -141,15 +184,23 @@ def _word_table(title: str, rows: Sequence[dict[str, Any]], names: Sequence[str]
     columns = [column for column in COLUMNS if any(column.is_needed(row) for row in rows)]
     cells = [[*names, *(column.title for column in columns)]]
     cells += [[*(_shorten(row[name]) for name in names), *(column.cell(row) for column in columns)] for row in rows]
+    heading = title if rows[-1][names[0]].startswith("... ") else f"{title} ({len(rows):,})"
+    return f"{heading}\n{align(cells, left=len(names))}"
+
+
+def align(cells: Sequence[Sequence[str]], *, left: int) -> str:
+    """Lay out lines of cells in columns: the first `left` columns to the left, the others to the right.
+
+    >>> align([["name", "n"], ["x", "10"]], left=1).splitlines()
+    ['name   n', 'x     10']
+    """
     widths = [max(display_width(line[place]) for line in cells) for place in range(len(cells[0]))]
     lines = []
     for line in cells:
-        padded = [
-            cell + " " * (width - display_width(cell)) if place < len(names) else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
+        space = [" " * (width - display_width(cell)) for cell, width in zip(line, widths, strict=True)]
+        padded = [cell + space[place] if place < left else space[place] + cell for place, cell in enumerate(line)]
         lines.append("  ".join(padded).rstrip())
-    return "\n".join([f"{title} ({len(rows):,})" if not rows[-1][names[0]].startswith("... ") else title, *lines])
+    return "\n".join(lines)
 
 
 def _word_components(plan: DataPlan, *, fold: bool) -> str:
@@ -159,21 +210,23 @@ def _word_components(plan: DataPlan, *, fold: bool) -> str:
         by_distance = sorted(parts, key=lambda part: (-abs(part["share"] - part["wanted_share"]), part["name"]))
         kept = {part["name"] for part in by_distance[: SHOWN["component"]]}
         parts = [part for part in parts if part["name"] in kept]
-    width = max(len("component"), *(display_width(_shorten(part["name"])) for part in parts))
-    lines = [f"{'component':<{width}}  {'wanted':>8}  {'is':>8}  {'available':>12}  {'examples':>12}  {'epochs':>8}"]
-    for part in parts:
-        name = _shorten(part["name"])
-        held = f"  {part['limited_by']}" if part["limited_by"] else ""
-        lines.append(
-            f"{name}{' ' * (width - display_width(name))}  {_percent_cell(part['wanted_share']):>8}  "
-            f"{_percent_cell(part['share']):>8}  {part['available']:>12,}  {part['examples']:>12,}  "
-            f"{part['epochs']:>8,.2f}{held}"
-        )
+    lines = [["component", "wanted", "is", "available", "examples", "epochs", "held by"]]
+    lines += [
+        [
+            _shorten(part["name"]),
+            _percent_cell(part["wanted_share"]),
+            _percent_cell(part["share"]),
+            f"{part['available']:,}",
+            f"{part['examples']:,}",
+            f"{part['epochs']:,.2f}",
+            part["limited_by"] or "",
+        ]
+        for part in parts
+    ]
     left_out = len(plan["components"]) - len(parts)
-    if left_out:
-        lines.append(f"... {left_out:,} more, nearer to what was wanted")
+    more = f"\n... {left_out:,} more, nearer to what was wanted" if left_out else ""
     unit = (plan["unit"] or "examples").replace("_", " ")
-    return "\n".join([f"mixture, parts of all {unit}; the last word: what held a component", *lines])
+    return f"mixture, parts of all {unit}\n{align(lines, left=1)}{more}"
 
 
 def _percent_cell(fraction: float) -> str:
@@ -182,8 +235,13 @@ def _percent_cell(fraction: float) -> str:
 
 def _word_validation(plan: DataPlan) -> str:
     lines = [
-        f"{part['name']}: {part['rows']:,} rows, {part['examples']:,} of {part['records']:,} records, "
+        f"{part['name']}: {part['rows']:,} rows, {part['examples']:,} of {part['selected']:,} records, "
         f"{part['target_tokens']:,} target tokens"
+        + (
+            f"; {part['trained_on']:,} of the records are of documents that are trained on"
+            if part["trained_on"]
+            else ""
+        )
         for part in plan["validation"]
     ]
     return "\n".join(["validation", *lines])

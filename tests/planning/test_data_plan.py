@@ -1,5 +1,6 @@
 """The plan's figures equal those of a loop over the rows that training reads, token by token."""
 
+import json
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -242,3 +243,83 @@ def test_edges_of_the_length_histogram() -> None:
     for capacity in range(1, 300):
         edges = lengths.length_edges(capacity)
         assert edges == sorted(set(edges)) and edges[0] == 1 and edges[-1] == capacity + 1
+
+
+def test_validation_says_what_of_it_is_trained_on(prefixes: list[str], tmp_path: Path) -> None:
+    """ "qa" has an id in every record, so each is a document of its own."""
+
+    def plan(train_split: str, validation_split: str) -> Any:
+        data = {
+            "train": [{"prefix": prefixes[0], "split": train_split}],
+            "validation": [{"prefix": prefixes[0], "name": "held_out", "split": validation_split}],
+        }
+        return build_data_plan(run_config(tmp_path, prefixes, data=data))
+
+    apart = plan("0:0.8", "0.8:1")
+    assert apart["validation"][0]["trained_on"] == 0
+    assert apart["validation"][0]["selected"] + apart["entries"][0]["selected"] == 60
+    assert not [warning for warning in apart["warnings"] if warning["kind"] == "validation"]
+    both = plan("0:1", "0.8:1")
+    assert both["validation"][0]["trained_on"] == apart["validation"][0]["selected"] > 0
+    (warning,) = [one for one in both["warnings"] if one["kind"] == "validation"]
+    assert warning["message"].startswith(
+        "100 % of the validation records of held_out are of documents that are trained"
+    )
+
+
+GUARDED = "Which of the seven rivers of the eastern province is the longest one that reaches the sea?"
+
+
+@pytest.mark.parametrize("action", ["report", "drop"])
+def test_guards_are_counted_by_language_and_kept_out_where_asked(tmp_path: Path, action: str) -> None:
+    """Record 1 repeats record 0 (sw), and 5 holds the question of the task (yo)."""
+    from tests.tiny import write_tiny_tokenizer
+
+    write_tiny_tokenizer(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    subjects = ["granite", "maize", "harbour", "violin", "glacier", "parliament", "monsoon", "saffron"]
+    records = [
+        {"inputs": f"Say what {subject} is, and no more.", "targets": f"{subject}!", "language": language}
+        for language in ("sw", "yo")
+        for subject in (subjects[:4] if language == "sw" else subjects[4:])
+    ]
+    records[1] = dict(records[0])
+    records[5]["inputs"] = GUARDED
+    prefix = write_dataset(tmp_path / "guarded", records, tmp_path / "model")
+    question = {"inputs": GUARDED, "targets": "the Tana", "choices": ["the Tana", "the Mara"], "language": "en"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question))
+    (tmp_path / "tasks.yaml").write_text("tasks:\n  - {name: rivers, records: questions.jsonl}\n")
+    guards = {"duplicates": action, "contamination": action}
+
+    def plan(**sections: Any) -> Any:
+        return build_data_plan(
+            run_config(
+                tmp_path,
+                [],
+                data={"train": [{"prefix": prefix}], "guards": guards},
+                batch={"global_batch_size": 1, "sequence_length": 127},
+                schedule={"train_steps": 30},
+                **{"evaluation": {"tasks": [str(tmp_path / "tasks.yaml")]}, **sections},
+            )
+        )
+
+    found = plan()
+    languages = {row["language"]: row for row in found["languages"]}
+    assert found["guards"]["checked"] == ["duplicates", "contaminated"]
+    assert [(languages[name]["duplicates"], languages[name]["contaminated"]) for name in ("sw", "yo")] == [
+        (1, 0),
+        (0, 1),
+    ]
+    assert "near_duplicates" not in languages["sw"]
+    (warning,) = [one["message"] for one in found["warnings"] if one["kind"] == "contamination"]
+    assert warning.startswith("1 of the 8 guarded records hold texts of rivers, which the run is evaluated on: ")
+    available = [languages[name]["available"] for name in ("sw", "yo")]
+    assert available == ([3, 3] if action == "drop" else [4, 4])
+    assert [languages[name]["dropped"] for name in ("sw", "yo")] == [0, 0], "kept out, but not for their length"
+    assert found["entries"][0]["distinct_examples"] == sum(available)
+    if action == "report":
+        assert plan(model="nowhere")["guards"]["not_checked"].keys() == {"duplicates", "contamination"}
+        untested = plan(evaluation={})
+        assert untested["guards"]["not_checked"] == {"contamination": "evaluation.tasks names no task"}
+        assert untested["guards"]["checked"] == ["duplicates"]
+        assert "contaminated" not in untested["entries"][0] and untested["entries"][0]["duplicates"] == 1
