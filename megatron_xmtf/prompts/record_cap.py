@@ -76,6 +76,7 @@ class RecordCap:
         import numpy as np
 
         return [
-            int(np.partition(kept, self.cap - 1)[self.cap - 1] if len(kept) > self.cap else np.iinfo(np.uint64).max)
-            for kept in self._kept
+            # Of a list that was cut to the cap and has not grown since, the largest key stands in `_current`.
+            int(np.partition(kept, self.cap - 1)[self.cap - 1] if len(kept) > self.cap else current)
+            for kept, current in zip(self._kept, self._current, strict=True)
         ]
