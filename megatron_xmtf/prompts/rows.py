@@ -56,12 +56,15 @@ def read_rows(
 def _mapped(
     source: Source, found: SourceFormat, on_bytes: OnBytes | None, on_bad_row: OnBadRow, report: RowReport
 ) -> Generator[Row, None, None]:
-    read_before, rejected_before = report.rows, report.num_rejected
+    read_before = report.rows
+    first_rejected: list[BadRowError] = []
 
     def reject(error: BadRowError) -> None:
         if on_bad_row == "raise":
             raise error
         report.count(error)
+        if not first_rejected:
+            first_rejected.append(error)
 
     with closing(_located(source, found, on_bytes, reject)) as rows:
         for where, row in rows:
@@ -72,9 +75,10 @@ def _mapped(
                 continue
             report.rows += 1
             yield row
-    if report.rows == read_before and report.num_rejected > rejected_before:
-        first = next(iter(report.examples.values()))
-        raise RecordError(f"{source.label}: not one row can be read; check the declaration. The first: {first}")
+    if report.rows == read_before and first_rejected:
+        raise RecordError(
+            f"{source.label}: not one row can be read; check the declaration. The first: {first_rejected[0]}"
+        )
 
 
 def _located(source: Source, found: SourceFormat, on_bytes: OnBytes | None, reject: Reject) -> LocatedRows:

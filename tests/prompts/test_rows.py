@@ -194,6 +194,18 @@ def test_skipping_needs_a_report(tmp_path: Path) -> None:
     assert list(read_rows(write(tmp_path / "empty.jsonl", ""), on_bad_row="skip", report=RowReport())) == []
 
 
+def test_one_report_over_several_sources(tmp_path: Path) -> None:
+    report = RowReport()
+    first = write(tmp_path / "a.jsonl", '{"a": 1}\n{"a": \n')
+    second = write(tmp_path / "b.jsonl", "[]\n[]\n")
+    assert list(read_rows(first, on_bad_row="skip", report=report)) == [{"a": 1}]
+    with pytest.raises(
+        RecordError, match=r"b.jsonl: not one row can be read; .* The first: .*b.jsonl:1 is a JSON list"
+    ):
+        list(read_rows(second, on_bad_row="skip", report=report))
+    assert report.rows == 1 and report.rejected == {"not valid JSON": 1, "not an object": 2}
+
+
 def test_rows_keyed_by_name(tmp_path: Path) -> None:
     value = {"sw": {"1": {"q": "a"}, "2": {"q": "b"}}}
     path = write(tmp_path / "rows.json", json.dumps(value))
