@@ -245,7 +245,13 @@ class _Rows:
         dataset_of = np.array([one.dataset for one in self.mixture.components], np.uint16)
         dataset_ids = gather(dataset_of, components)
         statistics = packing_statistics(
-            self._dataset_statistics(dataset_ids, example_ids),
+            dataset_statistics(
+                self.datasets,
+                [(one.dataset, one.examples) for one in self.mixture.components],
+                dataset_ids,
+                example_ids,
+                capacity=self.capacity,
+            ),
             self._component_statistics(components, example_ids),
             rows=len(offsets) - 1,
             epochs=self.passes,
@@ -261,14 +267,6 @@ class _Rows:
             key=key,
             key_inputs=key_inputs,
         )
-
-    def _dataset_statistics(self, dataset_ids: NDArray[np.uint16], example_ids: NDArray[np.integer]) -> list[Any]:
-        found = []
-        for number, dataset in enumerate(self.datasets):
-            parts = [one.examples for one in self.mixture.components if one.dataset == number]
-            drawn = example_ids if len(self.datasets) == 1 else example_ids[dataset_ids == number]
-            found.append(dataset_statistics(dataset, parts, drawn, capacity=self.capacity))
-        return found
 
     def _component_statistics(self, components: NDArray[np.integer], example_ids: NDArray[np.integer]) -> list[Any]:
         counts = np.zeros(len(self.mixture.components), np.int64)
@@ -323,10 +321,11 @@ def pack_dataset(
         used = int(ends[begin - 1]) if begin else 0
         offsets.append(int(np.searchsorted(ends, used + sequence_length + 1, side="right")))
     drawn = fitting.ids[: offsets[-1]]
-    each = [dataset_statistics(dataset, [fitting], drawn, capacity=sequence_length + 1)]
+    dataset_ids = np.zeros(len(drawn), np.uint16)
+    each = dataset_statistics([dataset], [(0, fitting)], dataset_ids, drawn, capacity=sequence_length + 1)
     return PackingIndex(
         row_offsets=np.array(offsets, np.int64),
-        dataset_ids=np.zeros(len(drawn), np.uint16),
+        dataset_ids=dataset_ids,
         example_ids=drawn,
         sequence_length=sequence_length,
         long_examples=long_examples,

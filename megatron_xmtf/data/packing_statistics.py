@@ -19,38 +19,50 @@ BLOCK = 1 << 20
 
 
 def dataset_statistics(
-    dataset: ExampleDataset,
-    parts: Sequence[FittingExamples],
-    drawn: NDArray[np.integer],
+    datasets: Sequence[ExampleDataset],
+    components: Sequence[tuple[int, FittingExamples]],
+    dataset_ids: NDArray[np.uint16],
+    example_ids: NDArray[np.integer],
     *,
     capacity: int,
-) -> DatasetStatistics:
-    """Count the segments of one dataset.
+) -> list[DatasetStatistics]:
+    """Count the segments of each dataset, in time that does not grow with the number of datasets.
 
-    Args:    parts: its examples that could be drawn, by component. drawn: [segments], the examples in the rows.
-             capacity: tokens of a row.
+    Args:    components: (position of the dataset, its examples that could be drawn). dataset_ids, example_ids:
+             [segments], what is in the rows. capacity: tokens of a row.
     """
-    seen = np.zeros(len(dataset), np.bool_)
-    tokens = target_tokens = 0
-    for begin in range(0, len(drawn), BLOCK):
-        block = drawn[begin : begin + BLOCK]
-        seen[block] = True
-        inputs, targets = dataset.input_lengths[block], dataset.target_lengths[block]
-        tokens += int(np.minimum(inputs.astype(np.int64) + targets, capacity).sum())
-        # The first token of a segment without inputs has nothing before it that could predict it.
-        target_tokens += int((targets - (inputs == 0)).sum(dtype=np.int64))
-    available = sum(len(examples) for examples in parts)
-    return {
-        "name": dataset.name,
-        "examples": len(drawn),
-        "repeats": len(drawn) - int(np.count_nonzero(seen)),
-        "epochs": len(drawn) / available if available else 0.0,
-        "tokens": tokens,
-        "target_tokens": target_tokens,
-        "dropped": sum(examples.dropped for examples in parts),
-        "truncated": sum(examples.truncated for examples in parts),
-        "empty": sum(examples.empty for examples in parts),
-    }
+    seen = [np.zeros(len(dataset), np.bool_) for dataset in datasets]
+    counts = np.zeros((3, len(datasets)), np.int64)  # segments, tokens, target tokens
+    for begin in range(0, len(example_ids), BLOCK):
+        owners, drawn = dataset_ids[begin : begin + BLOCK], example_ids[begin : begin + BLOCK]
+        order = np.argsort(owners, kind="stable")
+        found, first = np.unique(owners[order], return_index=True)
+        for number, part in zip(found.tolist(), np.split(order, first[1:]), strict=True):
+            ids = drawn[part]
+            seen[number][ids] = True
+            inputs, targets = datasets[number].input_lengths[ids], datasets[number].target_lengths[ids]
+            counts[0, number] += len(ids)
+            counts[1, number] += int(np.minimum(inputs.astype(np.int64) + targets, capacity).sum())
+            # The first token of a segment without inputs has nothing before it that could predict it.
+            counts[2, number] += int((targets - (inputs == 0)).sum(dtype=np.int64))
+    parts: list[list[FittingExamples]] = [[] for _ in datasets]
+    for number, examples in components:
+        parts[number].append(examples)
+    available = [sum(map(len, own)) for own in parts]
+    return [
+        {
+            "name": dataset.name,
+            "examples": int(counts[0, number]),
+            "repeats": int(counts[0, number]) - int(np.count_nonzero(seen[number])),
+            "epochs": int(counts[0, number]) / available[number] if available[number] else 0.0,
+            "tokens": int(counts[1, number]),
+            "target_tokens": int(counts[2, number]),
+            "dropped": sum(examples.dropped for examples in parts[number]),
+            "truncated": sum(examples.truncated for examples in parts[number]),
+            "empty": sum(examples.empty for examples in parts[number]),
+        }
+        for number, dataset in enumerate(datasets)
+    ]
 
 
 def component_statistics(
