@@ -13,19 +13,23 @@ HELP = "tokenise records once, into memory-mapped indexed files"
 
 EXAMPLE = """\
   xmtf preprocess --input train.jsonl --tokenizer models/bloom-560m --output-prefix data/train --workers 8
-  xmtf preprocess --input en.jsonl.gz sw.jsonl.gz --tokenizer models/bloom-560m --output-prefix data/qa \\
+  xmtf preprocess --input en.jsonl.gz sw.jsonl.zst --tokenizer models/bloom-560m --output-prefix data/qa \\
       --field-map inputs=question targets=answer --on-bad-record skip
   xmtf preprocess --input wiki.jsonl --kind text --tokenizer models/bloom-560m --output-prefix data/wiki
 
-a record is one JSON object a line: inputs and targets (or text), and optionally dataset, language, template, task
+a record is one JSON object a line: inputs and targets (or text), and optionally dataset, config, split, language,
+template, template_language, task, and id or document (records of one document are never split apart)
+a run that was stopped or killed goes on when the same command is given again; its output is the same in the end
 """
 
+NAMES_SHOWN = 5
+"""Values of a column in the report; all are in the manifest."""
 FORMATS = ["records", "prompt_completion", "instruction", "messages"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `xmtf preprocess`."""
-    parser.add_argument("--input", nargs="+", action="extend", required=True, metavar="F", help=".jsonl or .jsonl.gz")
+    parser.add_argument("--input", nargs="+", action="extend", required=True, metavar="F", help=".jsonl, .gz or .zst")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face directory with tokenizer.json")
     parser.add_argument(
         "--output-prefix", required=True, metavar="P", help="writes P_inputs_document.{bin,idx} ... and P.json"
@@ -50,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-bad-record", choices=["error", "skip"], default="error", help="malformed lines: stop, or skip and count"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset at P when the new one is whole")
+    parser.add_argument("--restart", action="store_true", help="throw away what an interrupted run left, begin anew")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
 
 
@@ -69,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         target_prefix=arguments.target_prefix,
         on_bad_record=arguments.on_bad_record,
         overwrite=arguments.overwrite,
+        restart=arguments.restart,
     )
     if arguments.json:
         import json
@@ -99,12 +105,20 @@ def _word_report(manifest: dict[str, Any], arguments: argparse.Namespace, *, sec
         f"{counts['kept']:,} examples kept of {counts['read']:,} records ("
         + ", ".join(f"{count:,} {name}" for name, count in dropped.items())
         + ")",
+        *(_column_line(name, column) for name, column in manifest["columns"].items()),
         length_table(manifest),
-        f"{prefix}.json and {len(manifest['files'])} files, {manifest['dtype']}, in {seconds:.1f} s "
-        f"({counts['read'] / seconds:,.0f} records/s)",
+        f"{prefix}.json and {len(manifest['files'])} files, {manifest['dtype']}, in {seconds:.1f} s",
         f"next: xmtf inspect {prefix} --show 2 --tokenizer {arguments.tokenizer}",
     ]
     return "\n".join(lines)
+
+
+def _column_line(name: str, column: dict[str, Any]) -> str:
+    """Name the values of a column that most examples have: 'language    sw 4,000, en 1,200, 3 more'."""
+    ordered = sorted(zip(column["counts"], column["names"], strict=True), key=lambda entry: (-entry[0], entry[1]))
+    shown = [f"{value or '(none)'} {count:,}" for count, value in ordered[:NAMES_SHOWN]]
+    more = [f"{len(ordered) - NAMES_SHOWN:,} more"] if len(ordered) > NAMES_SHOWN else []
+    return f"{name:<18}" + ", ".join(shown + more)
 
 
 def length_table(manifest: dict[str, Any]) -> str:
