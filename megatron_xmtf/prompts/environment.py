@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jinja2 import Environment, Undefined, meta, nodes, pass_environment
+from jinja2 import Environment, Undefined, nodes, pass_environment
 from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -123,8 +123,13 @@ def check_syntax(text: str, *, where: str) -> None:
 
 
 def names_in(text: str) -> set[str]:
-    """Return the variables that a template reads from outside (not its loops' or macros' own)."""
-    return set(meta.find_undeclared_variables(PromptEnvironment().parse(text)))
+    """Return the variables that a template reads from outside (not its loops' or macros' own).
+
+    Only the syntax tree is looked at: Jinja's own `meta` generates code, and folds constants as it does, which may
+    take for ever (`9 ** (9 ** 9)`).
+    """
+    names = list(PromptEnvironment().parse(text).find_all(nodes.Name))
+    return {name.name for name in names if name.ctx == "load"} - {name.name for name in names if name.ctx != "load"}
 
 
 def names_before(text: str, separator: str | None, *, until: str | None = None) -> set[str]:

@@ -109,7 +109,11 @@ def test_bad_own_template(changes: dict[str, Any], reason: str) -> None:
 
 def test_parsing_runs_nothing() -> None:
     """Jinja folds constants when it compiles: 9 ** (9 ** 9) would not end here."""
-    parse_templates(own(input="{{ 9 ** (9 ** 9) }}"))
+    endless = "{{ 9 ** (9 ** 9) }}"
+    thought = {"input": endless + "{{ input }}", "target": "{{ rationale }}" + endless + "{{ target }}"}
+    values = own(input=endless, answer_choices=endless, rationale=endless, chain_of_thought=thought)
+    (template,) = parse_templates(values)
+    assert not template.lists_choices and not template.places_options
 
 
 @pytest.mark.parametrize(
