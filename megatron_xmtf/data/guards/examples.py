@@ -80,6 +80,14 @@ class Corpus:
         number = int(np.searchsorted(self.bases, position, side="right")) - 1
         return number, int(self.parts[number].ids[position - self.bases[number]])
 
+    def in_small_groups(self, size: int) -> NDArray[np.bool_]:
+        """Tell which positions are in a template's group of fewer than `size` examples; none where none are known."""
+        small = [np.empty(0, np.bool_)]
+        for part in self.parts:
+            sizes = np.bincount(part.groups, minlength=self.num_groups)
+            small.append((sizes[part.groups] < size) & ("template" in part.dataset.column_names))
+        return np.concatenate(small)
+
     def chunks(self) -> Iterator[Chunk]:
         """Yield all positions in order, in chunks of about `CHUNK_TOKENS`."""
         for number, part in enumerate(self.parts):

@@ -10,8 +10,8 @@ An example is a near duplicate of an earlier one of its group if
     <200 words> Is the museum open on Mondays? | yes   <200 words> Did he ever see his son again? | yes    3. fails
 
 The first of a chain of near duplicates is always kept, and what is flagged has a verified earlier partner: there are
-no false positives. Missed are those that share no band (`fingerprints`), and those behind the limit of comparisons,
-which are counted.
+no false positives. Missed are those that share no band (`fingerprints`), those behind the limit of comparisons, which
+are counted, and those of a template with fewer than 5 examples, where what is the template's cannot be told.
 """
 
 from __future__ import annotations

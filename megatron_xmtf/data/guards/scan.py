@@ -14,6 +14,7 @@ for any number of workers.
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ from megatron_xmtf.data.guards.settings import (
     NEAR_DUPLICATE,
     GuardSettings,
 )
-from megatron_xmtf.data.guards.template_wording import SAMPLE, salted, sample_wording
+from megatron_xmtf.data.guards.template_wording import SAMPLE, SMALLEST_HINT, salted, sample_wording
 from megatron_xmtf.data.guards.text_units import split_units
 from megatron_xmtf.data.guards.worker_pool import WorkerPool
 from megatron_xmtf.data.tokenizer import Tokenizer
@@ -54,6 +55,8 @@ from megatron_xmtf.files import atomic_directory
 from megatron_xmtf.progress import Progress
 
 __all__ = ["scan"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,13 @@ class _Scan:
         self.corpus, self.tokenizer, self.evaluation_texts = corpus, tokenizer, evaluation_texts
         self.settings, self.workers, self.show_progress = settings, workers, show_progress
         self.has_near = settings.near_duplicates != "off"
+        for part in corpus.parts if self.has_near else []:
+            if "template" not in part.dataset.column_names:
+                logger.warning(
+                    "%s does not say which template an example is of: rows of one long template that differ in few "
+                    "words may be flagged as near duplicates; look at the pairs in the report before dropping them",
+                    part.dataset.prefix,
+                )
         self.has_contamination = settings.contamination != "off" and len(evaluation_texts) > 0
 
     def flags_and_report(self, directory: Path) -> tuple[list[NDArray[np.uint8]], dict]:
@@ -164,7 +174,8 @@ class _Scan:
                 # An exact duplicate is no candidate: its first copy is.
                 repeats = _later_copies(keys)[0] if self.settings.duplicates == "off" else flags & DUPLICATE
                 del keys
-                near, left_out = self._flag_near(pool, flags, repeats != 0, bands_path)
+                skipped = (repeats != 0) | self.corpus.in_small_groups(SMALLEST_HINT)
+                near, left_out = self._flag_near(pool, flags, skipped, bands_path)
         per_dataset = self._per_dataset(flags)
         report = build_report(
             self.corpus,
@@ -181,7 +192,10 @@ class _Scan:
         return per_dataset, report
 
     def _wording(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-        """Return template shingles of the training data, tied to their groups, and of all groups; both ascending."""
+        """Return template shingles of the training data, both ascending.
+
+        Returns: tied to their groups, hints too, for near duplicates; and the certain ones of all groups.
+        """
         nothing = np.empty(0, np.uint64)
         if not (self.has_near or self.has_contamination):
             return nothing, nothing
@@ -193,9 +207,10 @@ class _Scan:
                 "guards sample", total=self.corpus.num_groups, unit="templates", enabled=self.show_progress
             ) as bar,
         ):
-            for group, hashes in pool.map(sample_wording, self.corpus.samples(SAMPLE)):
+            for group, is_certain, hashes in pool.map(sample_wording, self.corpus.samples(SAMPLE)):
                 tied.append(salted(hashes, np.full(len(hashes), group, np.int32)))
-                loose.append(hashes)
+                if is_certain:
+                    loose.append(hashes)
                 bar.advance()
         return np.unique(np.concatenate(tied)), np.unique(np.concatenate(loose))
 
@@ -222,7 +237,7 @@ class _Scan:
         return keys, bands_path
 
     def _flag_near(
-        self, pool: WorkerPool, flags: NDArray[np.uint8], repeats: NDArray[np.bool_], bands_path: Path
+        self, pool: WorkerPool, flags: NDArray[np.uint8], skipped: NDArray[np.bool_], bands_path: Path
     ) -> tuple[list[NearPair], int]:
         if not len(flags):
             return [], 0
@@ -232,7 +247,7 @@ class _Scan:
             def verify(pairs: NDArray[np.int64]) -> NDArray[np.bool_]:
                 return np.concatenate([np.empty(0, np.bool_), *pool.map(_verify, self._pair_tasks(pairs))])
 
-            near, partners, left_out = find_near_duplicates(_each_band(bands, bar), repeats, verify=verify)
+            near, partners, left_out = find_near_duplicates(_each_band(bands, bar), skipped, verify=verify)
         bands_path.unlink()
         flags[near] |= NEAR_DUPLICATE
         return partners, left_out

@@ -26,14 +26,16 @@ __all__ = ["SAMPLE", "frequent_shingles", "salted", "sample_wording"]
 
 SAMPLE = 256
 """Examples of a group that are looked at."""
-SMALLEST_GROUP = 20
-"""A smaller group of training examples shows no template: what it shares may be content."""
-FEWEST = 5
-"""Texts that must share a template's wording, however small the group."""
+SMALLEST_GROUP, FEWEST = 20, 5
+"""A smaller group of training examples does not show for certain what is its template's; and texts that must share
+wording at least, however small the group."""
+SMALLEST_HINT, FEWEST_HINT = 5, 3
+"""The same for a hint: enough to let examples alone that may be rows of a template, not to call content wording. In a
+template's group smaller than that near duplicates are not looked for."""
 
 
 def frequent_shingles(
-    hashes: NDArray[np.uint64], texts: NDArray[np.int64], *, count: int, share: float, fewest: int = FEWEST
+    hashes: NDArray[np.uint64], texts: NDArray[np.int64], *, count: int, share: float, fewest: int
 ) -> NDArray[np.uint64]:
     """Return the shingles that are in at least `share` of `count` texts and in `fewest`; ascending.
 
@@ -52,14 +54,16 @@ def salted(hashes: NDArray[np.uint64], groups: NDArray[np.int32]) -> NDArray[np.
     return mix(hashes ^ mix(groups.astype(np.uint64) + np.uint64(1)))
 
 
-def sample_wording(state: tuple[Path, float], chunk: Chunk) -> tuple[int, NDArray[np.uint64]]:
-    """Return (group, template shingles of its inputs) of a chunk that is the sample of one group.
+def sample_wording(state: tuple[Path, float], chunk: Chunk) -> tuple[int, bool, NDArray[np.uint64]]:
+    """Return (group, for certain?, template shingles of its inputs) of a chunk that is the sample of one group.
 
     Args:    state: (directory of the tokenizer, `GuardSettings.boilerplate`).
     """
     directory, share = state
     count, group = len(chunk.ids), int(chunk.groups[0])
-    if count < SMALLEST_GROUP:
-        return group, np.empty(0, np.uint64)
+    is_certain = count >= SMALLEST_GROUP
+    if count < SMALLEST_HINT:
+        return group, is_certain, np.empty(0, np.uint64)
     found = shingles(split_units(chunk_texts(chunk, open_tokenizer(directory))[0::2]))
-    return group, frequent_shingles(found.hashes, found.texts, count=count, share=share)
+    fewest = FEWEST if is_certain else FEWEST_HINT
+    return group, is_certain, frequent_shingles(found.hashes, found.texts, count=count, share=share, fewest=fewest)

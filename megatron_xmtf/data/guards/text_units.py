@@ -43,7 +43,7 @@ IDEOGRAPHS = (
 )
 """The same of Han, where a character is half a word rather than a sound."""
 BOUNDARY = "\x1e"
-"""Stands between texts that are normalised together: a control character, which neither folds nor composes."""
+"""Stands after each of several texts that are cut together: a control character."""
 SEPARATOR, SYMBOL, WORD, LETTER, IDEOGRAPH, MARK, IGNORED = range(7)
 CASELESS_I = {0x131: 0x69}
 """Dotless i as i: Turkish text loses the difference when its case is changed by a program that knows no Turkish."""
@@ -87,12 +87,12 @@ def normalise(text: str) -> str:
 
 def split_units(texts: Sequence[str]) -> Units:
     """Normalise texts and cut them into units, all in one go."""
-    joined = BOUNDARY.join(texts) + BOUNDARY
+    # One by one: a text that is normal already, as nearly all are, is recognised without being rewritten.
+    normal = [normalise(text) for text in texts]
+    joined = BOUNDARY.join([*normal, ""])
     if joined.count(BOUNDARY) != len(texts):
-        joined = BOUNDARY.join(text.replace(BOUNDARY, " ") for text in texts) + BOUNDARY
-    if not texts:
-        joined = ""
-    codes = np.frombuffer(normalise(joined).encode("utf-32-le", "surrogatepass"), "<u4")
+        joined = "".join(text.replace(BOUNDARY, " ") + BOUNDARY for text in normal)
+    codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), "<u4")
     class_of, folded = _tables()
     classes = class_of[codes]
     seen = classes != IGNORED

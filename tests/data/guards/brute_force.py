@@ -110,7 +110,10 @@ def near_duplicates(examples, groups, *, threshold=0.8, share=0.2):
     of_group = defaultdict(list)
     for example, group in zip(examples, groups, strict=True):
         of_group[group].append(example[0])
-    wording = {g: frequent(texts, share, 5) if len(texts) >= 20 else set() for g, texts in of_group.items()}
+    wording = {
+        group: frequent(texts, share, 5 if len(texts) >= 20 else 3) if len(texts) >= 5 else set()
+        for group, texts in of_group.items()
+    }
     every = [[{wording for _, _, wording in shingles(text)} for text in example] for example in examples]
     for later, (example, group) in enumerate(zip(examples, groups, strict=True)):
         flag = False

@@ -54,6 +54,13 @@ def test_a_retouch_is_one_and_other_questions_on_a_passage_are_not(
         (record("short text", "Ali"), 0),
         (record("short texts", "Ali"), 0),
     ]
+    generator = np.random.default_rng(0)
+    rows += [(record(" ".join(random_words(generator, 9)), "Ali"), 0) for _ in range(20)]  # too many for a template
+    rows += [
+        (record(" ".join(random_words(generator, 9)), "x", template=t, dataset=d), 0)
+        for t, d in (("u", "d"), ("t", "e"))
+        for _ in range(5)
+    ]
     dataset = make_dataset("d", [row for row, _ in rows])
     assert flags_of(dataset, tokenizer, tmp_path / "out").tolist() == [flag for _, flag in rows]
 
@@ -71,6 +78,28 @@ def test_rows_of_one_template_are_not_near_duplicates(
     bare = {wording for _, _, wording in brute_force.shingles(texts[0][0])}
     other = {wording for _, _, wording in brute_force.shingles(texts[1][0])}
     assert brute_force.jaccard(bare, other) > 0.8, "the control: without its wording taken out they would be"
+
+
+@pytest.mark.parametrize("count", [2, 5, 8, 25])
+def test_rows_of_a_rare_template_are_left_alone(
+    make_dataset: Callable, tokenizer: Tokenizer, tmp_path: Path, count: int
+) -> None:
+    """A long instruction and one word, equal targets; without the template's name it may be a retouch."""
+    instruction = " ".join(f"instruction{n}" for n in range(40))
+    rows = [record(f"{instruction} word{number}", "artifact") for number in range(count)]
+    assert not flags_of(make_dataset("with", rows), tokenizer, tmp_path / "out").any()
+    nameless = [{"inputs": row["inputs"], "targets": row["targets"]} for row in rows]
+    flagged = flags_of(make_dataset("without", nameless), tokenizer, tmp_path / "out")
+    assert np.count_nonzero(flagged == NEAR_DUPLICATE) == (1 if count == 2 else 0)
+
+
+def test_data_without_templates_are_warned_of(
+    make_dataset: Callable, tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags_of(make_dataset("with", [record("a", "b")]), tokenizer, tmp_path / "out")
+    assert not caplog.messages
+    flags_of(make_dataset("without", [{"inputs": "a", "targets": "b"}]), tokenizer, tmp_path / "out")
+    assert "does not say which template" in caplog.text
 
 
 def test_real_rows_of_one_template_are_not_near_duplicates(
@@ -150,7 +179,7 @@ def test_the_threshold_is_the_settings(
 ) -> None:
     words = [f"word{number}" for number in range(40)]
     changed = [*words[:10], "x", *words[11:25], "y", *words[26:]]  # Jaccard 36 / 48 = 0.75
-    dataset = make_dataset("d", [record(" ".join(words), "a"), record(" ".join(changed), "a")])
+    dataset = make_dataset("d", [{"inputs": " ".join(text), "targets": "a"} for text in (words, changed)])
     settings = GuardSettings(near_duplicates="report", contamination="off", jaccard=threshold)
     found = scan(
         [dataset],
