@@ -231,7 +231,6 @@ def test_wrong_rules_are_seen(name: str) -> None:
     ("name", "change"),
     [
         ("BLOOM", {"excluded": ""}),
-        ("BLOOM", {"requires": "end", "excluded": ""}),
         ("sentencepiece BPE", {"start_differs": False}),
     ],
 )
