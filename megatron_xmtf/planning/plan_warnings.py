@@ -25,6 +25,12 @@ UNREACHED_FRACTION = 0.8
 """A component that gets less than this part of what it wanted, or more than 1 / this."""
 
 
+NEAR_FRACTION = 0.005
+"""A component this near to what it wanted is where rounding to whole examples and rows put it."""
+OTHER_UNIT_FRACTION = 0.1
+"""How far a dataset's part of the loss may be from its part of a mixture that counts in another unit."""
+
+
 class PlanWarning(TypedDict):
     """One warning."""
 
@@ -47,6 +53,7 @@ def data_warnings(plan: DataPlan) -> list[PlanWarning]:
         *_limited(plan),
         *_run(plan),
         *_out_of_proportion(plan),
+        *_other_unit(plan),
     ]
     return [{"kind": kind, "message": message, "group": group} for kind, group, message in found]
 
@@ -181,7 +188,8 @@ def _limited(plan: DataPlan) -> Found:
     whole = {"examples": "examples", "tokens": "tokens", "target_tokens": "target tokens", None: "examples"}
     for part in plan["components"]:
         wanted, actual = part["wanted_share"], part["share"]
-        if UNREACHED_FRACTION * wanted <= actual <= wanted / UNREACHED_FRACTION:
+        is_near = abs(actual - wanted) < NEAR_FRACTION and part["limited_by"] is None
+        if is_near or UNREACHED_FRACTION * wanted <= actual <= wanted / UNREACHED_FRACTION:
             continue
         why = {
             "max_epochs": "its max_epochs allows no more",
@@ -220,8 +228,27 @@ def _run(plan: DataPlan) -> Found:
             )
 
 
+def _other_unit(plan: DataPlan) -> Found:
+    """Word a mixture that counts tokens where the loss counts targets: its parts are not those of the loss."""
+    if plan["unit"] in (None, "examples") or (plan["unit"], plan["normalization"]) == ("target_tokens", "target_token"):
+        return
+    shares: dict[str, float] = {}
+    for part in plan["components"]:
+        shares[part["dataset"]] = shares.get(part["dataset"], 0.0) + part["share"]
+    distances = [(abs(row["loss_fraction"] - shares.get(row["entry"], 0.0)), row) for row in plan["entries"]]
+    distance, row = max(distances, key=lambda entry: entry[0])
+    if distance > OTHER_UNIT_FRACTION:
+        yield (
+            "loss",
+            {"entry": row["entry"]},
+            f"{row['entry']} is {percent(shares.get(row['entry'], 0.0))} of the mixture, which counts "
+            f"{str(plan['unit']).replace('_', ' ')}, but {percent(row['loss_fraction'])} of the loss: "
+            f"loss.normalization={plan['normalization']} counts otherwise. Bring the two together.",
+        )
+
+
 def _out_of_proportion(plan: DataPlan) -> Found:
-    if plan["normalization"] != "target_token":
+    if plan["normalization"] != "target_token" or plan["unit"] not in (None, "examples"):
         return
     for row in plan["datasets"]:
         if row["example_fraction"] and row["loss_fraction"] > OUT_OF_PROPORTION * row["example_fraction"] + 0.02:

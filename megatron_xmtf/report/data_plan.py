@@ -16,6 +16,8 @@ __all__ = ["data_plan_page"]
 
 MOST_COLUMNS = 14
 """Datasets that a heatmap shows by themselves; the others are summed in its last column."""
+MOST_COMPONENTS = 40
+"""Components that are drawn; the table has all."""
 OTHERS = "other datasets"
 GUARD_WORDS = {"duplicates": "duplicates", "near_duplicates": "near duplicates", "contaminated": "in tests"}
 
@@ -48,7 +50,14 @@ def data_plan_page(plan: DataPlan, *, title: str) -> Page:
             f"Part of all {plan['unit'].replace('_', ' ')}: bar, what the run reads; line across, what the mixture "
             "asks for. Orange: held by its max_epochs or by a floor."
         )
-        page.section("Mixture", Page.figure(component_bars(plan["components"]), caption))
+        largest = sorted(plan["components"], key=lambda part: -max(part["wanted_share"], part["share"]))[
+            :MOST_COMPONENTS
+        ]
+        shown = [part for part in plan["components"] if part in largest]
+        more = (
+            f" The {len(shown)} largest of {len(plan['components']):,}." if len(shown) < len(plan["components"]) else ""
+        )
+        page.section("Mixture", Page.figure(component_bars(shown), caption + more))
     caption = (
         f"Median {lengths['median']:,}, mean {lengths['mean']:,.1f}, 95 % up to {lengths['percentile_95']:,}, longest "
         f"{lengths['longest']:,} tokens; a row holds {plan['sequence_length'] + 1:,}."
@@ -143,11 +152,11 @@ def _tables(plan: DataPlan) -> list[Html]:
         ("Languages", plan["languages"], ["language"]),
         ("Datasets × languages", plan["cells"], ["dataset", "language"]),
         *((f"By {column}", rows, [column]) for column, rows in plan["by"].items()),
-        ("Entries of data.train", plan["entries"], ["entry"]),
+        ("Indexed datasets", plan["entries"], ["entry"]),
     ]
     words = ["records", "examples", "tokens", "target tokens", "loss, %", "epochs", "most reads", "cut", "too long"]
     guards = plan["guards"]["checked"]
-    return [
+    drawn = [
         Page.table(
             [*names, *words, "empty", *(GUARD_WORDS[name] for name in guards)],
             [
@@ -171,6 +180,25 @@ def _tables(plan: DataPlan) -> list[Html]:
         )
         for title, rows, names in tables
     ]
+    return [*drawn, _component_table(plan)] if plan["unit"] is not None else drawn
+
+
+def _component_table(plan: DataPlan) -> Html:
+    headers = ["component", "dataset", "wanted, %", "is, %", "available", "examples", "epochs", "held by"]
+    rows = [
+        [
+            part["name"],
+            part["dataset"],
+            round(100 * part["wanted_share"], 3),
+            round(100 * part["share"], 3),
+            part["available"],
+            part["examples"],
+            round(part["epochs"], 2),
+            part["limited_by"],
+        ]
+        for part in plan["components"]
+    ]
+    return Page.table(headers, rows, caption="Components of the mixture")
 
 
 def _short(value: float) -> str:

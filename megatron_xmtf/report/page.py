@@ -49,6 +49,7 @@ figure { margin: 14px 0; overflow-x: auto; }
 figure svg { max-width: 100%; height: auto; display: block; }
 figcaption, .note { color: var(--soft); font-size: 13.5px; max-width: 85ch; margin-top: 6px; }
 pre { background: var(--wash); border-radius: 8px; padding: 12px 16px; overflow: auto; font-size: 13px; }
+@media (max-width: 720px) { figure svg { max-width: none; min-width: 660px; } }
 @media print { .scroll { max-height: none; } section { break-inside: avoid; } nav { display: none; } }
 """
 

@@ -167,7 +167,7 @@ def component_bars(components: Sequence[ComponentStatistics]) -> Html:
     for number, part in enumerate(components):
         y = top + number * step
         wanted, actual = part["wanted_share"] * scale, part["share"] * scale
-        drawn.append(text(LEFT - 10, y + 16, shorten(part["name"], 26), anchor="end", title=part["name"]))
+        drawn.append(text(LEFT - 10, y + 16, _shorten_middle(part["name"], 26), anchor="end", title=part["name"]))
         colour = ORANGE if part["limited_by"] else BLUE
         drawn.append(f'<rect x="{LEFT:g}" y="{y + 4:.1f}" width="{actual:.1f}" height="16" fill="{colour}"/>')
         drawn.append(f'<rect x="{LEFT + wanted - 1.5:.1f}" y="{y + 1:.1f}" width="3" height="22" fill="{INK}"/>')
@@ -175,3 +175,12 @@ def component_bars(components: Sequence[ComponentStatistics]) -> Html:
         words = f"{percent(part['share'])}, {part['epochs']:,.2f} epochs{held}"
         drawn.append(text(LEFT + max(wanted, actual) + 10, y + 16, words))
     return picture(WIDTH, top + step * len(components) + 8, drawn, label="parts of the mixture, wanted and actual")
+
+
+def _shorten_middle(name: str, length: int) -> str:
+    """Cut the middle out: a component's name begins with its group and ends with its language.
+
+    >>> _shorten_middle("multilingual/topics[sw]", 15)
+    'multi…opics[sw]'
+    """
+    return name if len(name) <= length else f"{name[: length // 3]}…{name[length // 3 + 1 - length :]}"

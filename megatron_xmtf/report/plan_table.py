@@ -61,7 +61,7 @@ def word_data_plan(plan: DataPlan, *, fold: bool = True) -> str:
         *((f"by {column}", rows, [column], SHOWN["cell"]) for column, rows in plan["by"].items()),
     ]
     if [row["entry"] for row in plan["entries"]] != [row["dataset"] for row in plan["datasets"]]:
-        tables.insert(0, ("entries of data.train", plan["entries"], ["entry"], SHOWN["entry"]))
+        tables.insert(0, ("indexed datasets", plan["entries"], ["entry"], SHOWN["entry"]))
     for title, rows, names, shown in tables:
         if title == "datasets x languages" and 1 in (len(plan["datasets"]), len(plan["languages"])):
             continue
@@ -125,12 +125,13 @@ def _word_run(plan: DataPlan) -> str:
 
 def _word_guards(plan: DataPlan) -> str:
     """Say of each guard what it does, or why it could not."""
-    guards, words = plan["guards"], []
-    for name, action in guards["settings"].items():
-        reason = guards["not_checked"].get(name)
-        state = {"off": "not looked for", "report": "counted, and read all the same", "drop": "counted, and not read"}
-        words.append(f"{name.replace('_', ' ')} {'not checked (' + reason + ')' if reason else state[action]}")
-    return "; ".join(words)
+    states = {"off": "not looked for", "report": "counted, and read all the same", "drop": "counted, and not read"}
+    by_state: dict[str, list[str]] = {}
+    for name, action in plan["guards"]["settings"].items():
+        reason = plan["guards"]["not_checked"].get(name)
+        state = f"not checked ({reason})" if reason else states[action]
+        by_state.setdefault(state, []).append(name.replace("_", " "))
+    return "; ".join(f"{', '.join(names)} {state}" for state, names in by_state.items())
 
 
 def _word_contamination(plan: DataPlan) -> str:

@@ -125,3 +125,18 @@ def test_a_component_that_its_max_epochs_holds(plan_of: Any, tmp_path: Path) -> 
     assert message == f"small should be 50 % of the examples and is {percent(20 / plan['run']['examples'])}: its " + (
         "max_epochs allows no more."
     )
+
+
+def test_a_mixture_of_tokens_under_a_loss_of_targets(plan_of: Any, tmp_path: Path) -> None:
+    plan_of({"short": records("sw", 100), "long": records("sw", 100, targets=40)}, **ONE_STEP)
+    entries = [{"prefix": str(tmp_path / name), "weight": 1} for name in ("short", "long")]
+    sizes = {"schedule": {"train_steps": 20}, "batch": {"global_batch_size": 2, "sequence_length": 127}}
+
+    def warned(unit: str, normalization: str) -> list[str]:
+        data = {"mixture": {"unit": unit, "entries": entries}}
+        plan = build_data_plan(run_config(tmp_path, [], data=data, loss={"normalization": normalization}, **sizes))
+        return messages(plan, "loss")
+
+    (message,) = warned("target_tokens", "target_sequence")
+    assert message.startswith("long is 5") and "of the mixture, which counts target tokens, but 9.4 % of" in message
+    assert warned("target_tokens", "target_token") == [] == warned("examples", "target_sequence")
