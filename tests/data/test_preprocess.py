@@ -4,7 +4,6 @@ import errno
 import gzip
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,15 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDataset
 from transformers import AutoTokenizer
 
-from megatron_xmtf.cli import main
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.example_writer import ExampleDatasetWriter
-from megatron_xmtf.data.line_chunks import read_chunks
 from megatron_xmtf.data.preprocess import preprocess
 from megatron_xmtf.errors import ConfigError, DatasetError, DiskFullError, MissingError, RankFailedError, RecordError
 
@@ -121,68 +116,6 @@ def test_halves_that_the_normaliser_deletes_are_dropped(tmp_path: Path, tokenize
     assert (counts["empty_inputs"], counts["empty_targets"], counts["kept"]) == (1, 1, 1)
 
 
-BAD_LINES: list[tuple[str | bytes, str, str]] = [
-    ('{"inputs": "a", "targets": "b"', "invalid_json", "not JSON: Expecting ',' delimiter at column 31"),
-    ("inputs, targets", "invalid_json", "not JSON"),
-    ('{"inputs": "a", "targets": "b"} {}', "invalid_json", "Extra data"),
-    ('{"inputs": "a", "targets": "b", "id": NaN}', "invalid_json", "NaN is not JSON"),
-    ("[" * 200_000, "invalid_json", "nested too deeply"),
-    ('{"inputs": "a", "targets": "b", "id": ' + "9" * 5000 + "}", "invalid_json", "a number is too long"),
-    ('["a", "b"]', "not_an_object", "it is a list, not an object"),
-    ("null", "not_an_object", "it is null, not an object"),
-    ('"text"', "not_an_object", "it is a string"),
-    ("3", "not_an_object", "it is a number"),
-    ('{"inputs": "a"}', "missing_field", "there is no field 'targets', its fields are: inputs"),
-    ("{}", "missing_field", "its fields are: none"),
-    ('{"inputs": 3, "targets": "b"}', "not_a_string", "field 'inputs' is a number, not a string"),
-    ('{"inputs": "a", "targets": null}', "not_a_string", "field 'targets' is null"),
-    ('{"inputs": "a", "targets": ["b"]}', "not_a_string", "field 'targets' is a list"),
-    ('{"inputs": "a", "targets": "b", "language": 7}', "not_a_string", "field 'language' is a number"),
-    ('{"inputs": "a", "targets": "b", "inputs": "c"}', "duplicate_key", "a key appears twice"),
-    (b'{"inputs": "caf\xe9", "targets": "b"}', "invalid_utf8", "byte 16 is not UTF-8"),
-    (b'{"inputs": "\xed\xa0\x80", "targets": "b"}', "invalid_utf8", "is not UTF-8"),
-    ('{"inputs": "\\ud800 secret", "targets": "b"}', "lone_surrogate", "half of a surrogate pair"),
-    (b"\x1f\x8b\x08\x00binary", "invalid_utf8", "byte 2 is not UTF-8"),
-]
-
-
-@pytest.mark.parametrize(("line", "reason", "message"), BAD_LINES)
-def test_each_bad_line_is_named_and_nothing_is_left(
-    tmp_path: Path, tokenizer_directory: Path, line: str | bytes, reason: str, message: str
-) -> None:
-    source = write(tmp_path / "r.jsonl", GOOD, "", line, GOOD)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(RecordError) as caught:
-        run([source], tokenizer_directory, tmp_path / "out" / "d")
-    assert f"{source}:3 is not a record: " in str(caught.value) and message in str(caught.value)
-    assert "secret" not in str(caught.value) and len(str(caught.value)) < 500  # never the whole content
-    assert files_of(tmp_path / "out") == {}
-
-    counts = run([source], tokenizer_directory, tmp_path / "out" / "d", on_bad_record="skip")["counts"]
-    assert counts["malformed_reasons"] == {reason: 1}
-    assert (counts["read"], counts["kept"], counts["malformed"], counts["blank_lines"]) == (3, 2, 1, 1)
-
-
-def test_truncated_last_line_mark_and_valid_escapes(tmp_path: Path, tokenizer_directory: Path) -> None:
-    source = tmp_path / "r.jsonl"
-    source.write_bytes(
-        b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n" + b'{"inputs": "\\ud83d\\ude00", "targets": "\\u0000b"}\n'
-    )
-    assert run([source], tokenizer_directory, tmp_path / "d")["counts"]["kept"] == 2
-    source.write_bytes(GOOD.encode() + b"\n" + GOOD.encode()[:-9])
-    with pytest.raises(RecordError, match="r.jsonl:2 is not a record"):
-        run([source], tokenizer_directory, tmp_path / "e")
-
-
-def test_a_bad_line_in_a_worker_is_the_first_one(tmp_path: Path, tokenizer_directory: Path) -> None:
-    lines = many_records(6000)
-    lines[3000] = lines[5900] = "{"
-    source = write(tmp_path / "r.jsonl", *lines)
-    with pytest.raises(RecordError, match=r"r\.jsonl:3001 is not a record"):
-        run([source], tokenizer_directory, tmp_path / "out" / "d", workers=2)
-    assert files_of(tmp_path / "out") == {}
-
-
 def test_nothing_kept_and_unreadable_files(tmp_path: Path, tokenizer_directory: Path) -> None:
     for lines, message in ((['{"inputs": "", "targets": "b"}'], "empty inputs: 1"), ([], "files are empty")):
         with pytest.raises(RecordError, match=message):
@@ -259,56 +192,6 @@ def test_finished_output_is_kept_unless_overwritten(tmp_path: Path, tokenizer_di
     assert set(files_of(prefix.parent)) == {"d.json", "d_columns.npz", "d_text_document.bin", "d_text_document.idx"}
 
 
-def killed_at(step: int, source: Path, tokenizer: Path, prefix: Path, *, overwrite: bool) -> bool:
-    """Preprocess in a forked child that kills itself before its `step`-th rename or removal; was it killed?"""
-    child = os.fork()
-    if child == 0:
-        done = 0
-
-        def count(function: object) -> object:
-            def counted(*arguments: object, **options: object) -> object:
-                nonlocal done
-                if done == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                done += 1
-                return function(*arguments, **options)
-
-            return counted
-
-        os.replace, os.unlink, os.mkdir = count(os.replace), count(os.unlink), count(os.mkdir)
-        run([source], tokenizer, prefix, overwrite=overwrite)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_at_any_step_nothing_half_written_opens(
-    tmp_path: Path, tokenizer_directory: Path, overwrite: bool
-) -> None:
-    source = write(tmp_path / "r.jsonl", *many_records(10))
-    old = write(tmp_path / "old.jsonl", GOOD)
-    run([source], tokenizer_directory, tmp_path / "reference" / "d")
-    reference = files_of(tmp_path / "reference")
-    outcomes = set()
-    for step in range(100):
-        prefix = tmp_path / str(step) / "d"
-        if overwrite:
-            run([old], tokenizer_directory, prefix)
-        if not killed_at(step, source, tokenizer_directory, prefix, overwrite=overwrite):
-            break
-        try:
-            outcomes.add(len(ExampleDataset.open(prefix, deep=True)))  # the old one, or the whole new one
-        except DatasetError:
-            outcomes.add(0)
-        finished = (prefix.parent / "d.json").exists()
-        run([source], tokenizer_directory, prefix, overwrite=finished)  # simply run again
-        assert files_of(prefix.parent) == reference
-    assert step > 8, "the kill points were not reached"
-    assert outcomes == ({0, 1, 8} if overwrite else {0, 8})
-
-
 def test_two_runs_do_not_write_one_prefix(tmp_path: Path, tokenizer_directory: Path) -> None:
 
     source = write(tmp_path / "r.jsonl", GOOD)
@@ -376,68 +259,3 @@ def test_workers_end_when_the_run_is_killed(tmp_path: Path, tokenizer_directory:
     process.kill()
     # End of file: the workers, who inherited the pipe, are gone too; otherwise TimeoutExpired.
     assert process.communicate(timeout=60)[0] == ""
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    lines=st.lists(st.binary(max_size=30).filter(lambda line: b"\n" not in line), max_size=12),
-    chunk_bytes=st.integers(1, 40),
-    ended=st.booleans(),
-)
-def test_chunks_hold_every_line_once_with_its_number(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], chunk_bytes: int, ended: bool
-) -> None:
-    data = b"\n".join(lines) + (b"\n" if ended and lines else b"")
-    path = tmp_path_factory.mktemp("chunks") / "f.jsonl"
-    path.write_bytes(data)
-    number = 1
-    for chunk in read_chunks(path, chunk_bytes=chunk_bytes):
-        assert chunk.first_line == number
-        number += chunk.data.count(b"\n")
-    joined = b"".join(chunk.data for chunk in read_chunks(path, chunk_bytes=chunk_bytes))
-    assert joined == data.removeprefix(b"\xef\xbb\xbf")
-
-
-def test_verbs(tmp_path: Path, tokenizer_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, prefix, tokenizer = write(tmp_path / "r.jsonl", GOOD, "{"), str(tmp_path / "d"), str(tokenizer_directory)
-    command = ["preprocess", "--input", str(source), "--tokenizer", tokenizer, "--output-prefix", prefix]
-    assert main(command) == 2
-    assert f"RecordError: {source}:2 is not a record" in capsys.readouterr().err
-    assert main([*command, "--on-bad-record", "skip"]) == 0
-    assert "1 examples kept of 2 records" in capsys.readouterr().out
-    assert main([*command, "--on-bad-record", "skip", "--overwrite", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["counts"]["malformed_reasons"] == {"invalid_json": 1}
-    assert main(["merge", "--input", prefix, prefix, "--output-prefix", f"{prefix}2"]) == 0
-    capsys.readouterr()
-    assert main(["inspect", f"{prefix}2", "--show", "5", "--tokenizer", tokenizer, "--deep", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["num_examples"] == 2 and report["unaltered"] is True
-    assert [example["targets_text"] for example in report["examples"]] == [" twelve</s>"] * 2
-    assert main(["inspect", f"{prefix}2.json", "--show", "1", "--tokenizer", tokenizer]) == 0
-    shown = capsys.readouterr().out
-    assert "twelve" in shown and "2 examples of kind pairs" in shown
-    assert main(["inspect", str(tmp_path)]) == 2
-    assert "directory of datasets" in capsys.readouterr().err
-
-
-def test_inspect_checkpoint_and_packing_index(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copy = tmp_path / "run" / "checkpoints" / "step_0000000"
-    shutil.copytree(tiny_checkpoint, copy)
-    assert main(["inspect", str(tmp_path / "run"), "--deep", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert (report["type"], report["step"], report["unaltered"]) == ("checkpoint", 0, True)
-    assert main(["inspect", str(tmp_path / "run")]) == 0
-    assert "checkpoint of step 0" in capsys.readouterr().out
-    shard = next(copy.glob("*.distcp"))
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-    assert main(["inspect", str(tmp_path / "run"), "--deep"]) == 5
-    assert shard.name in capsys.readouterr().err
-
-    (tmp_path / "packing").mkdir()
-    (tmp_path / "packing" / "packing.json").write_text("{}")
-    assert main(["inspect", str(tmp_path / "packing")]) == 2
-    assert "is damaged" in capsys.readouterr().err
