@@ -218,6 +218,13 @@ class MixtureConfig(SelectionConfig):
     @model_validator(mode="after")
     def _consistent(self) -> MixtureConfig:
         check_weights(self.entries, "the mixture")
+        for prefix, selections, _ in self.selections():
+            for column, times in Counter(column for one in selections for column in one.where).items():
+                if times > 1:
+                    raise ValueError(
+                        f"dataset {prefix!r}: `where` names {column} on the dataset and on a group around it; say in "
+                        "one of them which are read"
+                    )
         if self.validation is not None:
             held_out = parse_interval(self.validation)
             for text in sorted({self.split or "0:1", *_splits(self.entries, self.split)}):

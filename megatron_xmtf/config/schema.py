@@ -6,11 +6,13 @@ Keys have Megatron-Core's names where it has one. The models are frozen, and an 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_xmtf.config.mixture import MixtureConfig, MixtureEntry, SelectionConfig, check_weights
+from megatron_xmtf.config.mixture import ColumnName, MixtureConfig, MixtureEntry, SelectionConfig, check_weights
 from megatron_xmtf.config.section import Fraction, PositiveInt, Section
 
 __all__ = [
@@ -129,9 +131,39 @@ class DataConfig(Section):
     @property
     def validation_datasets(self) -> list[DatasetConfig]:
         """The validation datasets: those named, or what the mixture holds out."""
-        if self.validation or self.mixture is None or self.mixture.validation is None:
+        mixture = self.mixture
+        if self.validation or mixture is None or mixture.validation is None:
             return self.validation
-        return [entry.model_copy(update={"split": self.mixture.validation}) for entry in self.training_datasets]
+        names = mixture.dataset_names()
+        held_out: list[DatasetConfig] = []
+        for prefix, selections, _ in mixture.selections():
+            entry = DatasetConfig(
+                prefix=mixture.path(prefix),
+                split=mixture.validation,
+                where={column: patterns for one in selections for column, patterns in one.where.items()},
+                exclude=_union(one.exclude for one in selections),
+            )
+            if entry not in held_out:
+                held_out.append(entry)
+        # A dataset that several entries read in parts is measured in those parts, told apart by a number.
+        part_of = Counter(entry.prefix for entry in held_out)
+        name_of = {mixture.path(prefix): name for prefix, name in names.items()}
+        number: Counter[str] = Counter()
+        named = []
+        for entry in held_out:
+            number[entry.prefix] += 1
+            part = f"#{number[entry.prefix]}" if part_of[entry.prefix] > 1 else ""
+            named.append(entry.model_copy(update={"name": name_of[entry.prefix] + part}))
+        return named
+
+
+def _union(conditions: Iterable[dict[ColumnName, list[str]]]) -> dict[ColumnName, list[str]]:
+    """Return conditions of which any may hold: {language: [sw]}, {language: [th]} -> {language: [sw, th]}."""
+    joined: dict[ColumnName, list[str]] = {}
+    for condition in conditions:
+        for column, patterns in condition.items():
+            joined[column] = joined.get(column, []) + patterns
+    return joined
 
 
 def _entries(train: list[DatasetConfig]) -> list[MixtureEntry]:

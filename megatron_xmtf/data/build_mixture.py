@@ -167,7 +167,7 @@ class _Builder:
             for column, label in zip(columns, names, strict=True):
                 if label:
                     self.labels.setdefault((column, label), []).append(len(self.components))
-            part_name = name if len(parts) == 1 else f"{name}[{','.join(names)}]"
+            part_name = name if inside.all() else f"{name}[{','.join(names)}]"
             node.children.append(self._component(part_name, number, examples.only(inside), settings, cap=None))
         return node
 

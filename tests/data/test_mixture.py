@@ -235,3 +235,28 @@ def test_data_config_reads_a_mixture_and_what_it_holds_out():
         ("/data/x/a", "0.9:1"),
         ("/data/y/a", "0.9:1"),
     ]
+
+
+def test_what_is_held_out_is_of_the_kind_that_is_trained_on():
+    entries = [
+        {"name": "g", "where": {"language": "sw"}, "entries": [{"prefix": "a", "exclude": {"template": "*+cot"}}]},
+        {"prefix": "b", "where": {"language": "th"}},
+        {"prefix": "b", "where": {"language": "hi"}},
+    ]
+    values = {"split": "0:0.9", "validation": "0.9:1", "exclude": {"template": "draft*"}, "entries": entries}
+    data = config_from_mapping({"mixture": values}, DataConfig, source="test")
+    found = [(entry.name, entry.where, entry.exclude) for entry in data.validation_datasets]
+    assert found == [
+        ("a", {"language": ["sw"]}, {"template": ["draft*", "*+cot"]}),
+        ("b#1", {"language": ["th"]}, {"template": ["draft*"]}),
+        ("b#2", {"language": ["hi"]}, {"template": ["draft*"]}),
+    ]
+    entries[0]["entries"][0]["where"] = {"language": "en"}
+    with pytest.raises(ConfigError, match="`where` names language on the dataset and on a group around it"):
+        config_from_mapping({"mixture": values}, DataConfig, source="test")
+
+
+def test_a_dataset_divided_by_the_column_of_a_floor_names_it_once():
+    data = dataset("a", ["en"] * 64 + ["sw"] * 16)
+    entries = [{"prefix": "a", "by": "language"}]
+    assert list(counts([data], floors={"language": 0.1}, entries=entries)) == ["a[en]", "a[sw]"]
