@@ -35,8 +35,8 @@ setup(
         "babel>=2.15",
     ],
     extras_require={
-        "datasets": ["pyarrow>=14", "datasets>=3"],  # parquet files and Hugging Face datasets as sources
-        "dev": ["pyarrow>=14", "datasets>=3", "pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
+        "datasets": ["pyarrow>=14.0.1", "datasets>=4"],  # parquet files and Hugging Face datasets as sources
+        "dev": ["pyarrow>=14.0.1", "datasets>=4", "pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["xmtf=megatron_xmtf.cli:main"]},
     classifiers=[
