@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -108,28 +109,29 @@ def plan_parts(job: RenderJob, *, directory: Path, job_name: str = "job") -> lis
 def _entry_parts(
     job: RenderJob, entry: EntrySettings, directory: Path, job_name: str, loaded: dict[Path, list[Template]]
 ) -> list[RenderPart]:
-    parts, names = [], set()
+    languages = []
     for language, given in entry.language_codes().items():
-        prompt_language = given or prompt_language_of(language)
-        where = f"{job_name}: {entry.dataset} ({language})"
-        fill = _Filling(language, prompt_language)
-        english, localised = _template_files(entry, fill, directory, loaded)
-        names |= {template.name for template in (*english, *localised)}
+        fill = _Filling(language, given or prompt_language_of(language))
+        languages.append((fill, *_template_files(entry, fill, directory, loaded)))
+    names = {template.name for _, english, localised in languages for template in (*english, *localised)}
+    for pattern in entry.include:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise TemplateError(
+                f"{job_name}: {entry.dataset}: no template is named {pattern!r}; {nearest_names(pattern, names)}."
+            )
+    parts = []
+    for fill, english, localised in languages:
+        where = f"{job_name}: {entry.dataset} ({fill.language})"
         chosen = choose_templates(
             named_templates(english, include=entry.include, exclude=entry.exclude),
             named_templates(localised, include=entry.include, exclude=entry.exclude),
             prompts=entry.prompts or job.prompts or "english",
-            prompt_language=prompt_language,
+            prompt_language=fill.prompt_language,
             missing=entry.missing or job.missing or "error",
             translation=entry.translation or job.translation or "any",
             where=where,
         )
         parts.append(_part(job, entry, fill, chosen.templates, chosen.missing, directory, where))
-    for pattern in entry.include:
-        if not any(named_templates(_named(names), include=[pattern], exclude=[])):
-            raise TemplateError(
-                f"{job_name}: {entry.dataset}: no template is named {pattern!r}; {nearest_names(pattern, names)}."
-            )
     return parts
 
 
@@ -247,10 +249,6 @@ def _exemplar_sources(
             "{source: ..., split: train}, or leave the variants with shots out of this entry."
         )
     return sources
-
-
-def _named(names: set[str]) -> list[Template]:
-    return [Template(name=name, jinja="") for name in names]
 
 
 def _identity(source: Source) -> list[Any]:
