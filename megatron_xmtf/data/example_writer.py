@@ -7,6 +7,8 @@ Everything is written in a working directory beside the prefix and moved to its 
 
 A writer with a key records now and then how far it has come; the same run, started again, goes on from there with the
 same bytes in the end. Killed in 1, it goes on from the last record; in 2 to 4, the rest of the renaming is done.
+
+Memory, measured for 1, 10 and 40 million examples: 45 MB while adding, 140 to 220 MB while committing.
 """
 
 from __future__ import annotations
