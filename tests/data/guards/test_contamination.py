@@ -355,3 +355,22 @@ def test_text_datasets_hold_inputs_and_answers_together(
     records = [{"text": "What is the capital of Chad? N'Djamena."}, {"text": "What is the capital of Mali? Bamako."}]
     found = run([make_dataset("plain", records, kind="text")], texts, tokenizer, tmp_path / "out")
     assert found.flags[0].tolist() == [CONTAMINATED_EXACT, 0]
+
+
+def test_a_text_torn_over_two_examples_is_not_found(
+    make_dataset: Callable, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    words = [f"w{number}" for number in range(30)]
+    texts = [
+        EvaluationText("short", "en", " ".join(words[:10]), "a"),
+        EvaluationText("long", "en", " ".join(words), "a"),
+    ]
+    records = [
+        {"inputs": " ".join(words[:7]), "targets": words[7]},
+        {"inputs": " ".join(words[8:14]), "targets": " ".join(words[14:20])},
+        {"inputs": " ".join(words[20:]), "targets": "end"},
+        {"inputs": " ".join(words[:7]), "targets": " ".join(words[7:10])},
+        {"inputs": " ".join(words[20:26]), "targets": " ".join(words[26:])},
+    ]
+    found = run([make_dataset("train", records)], texts, tokenizer, tmp_path / "out")
+    assert found.flags[0].tolist() == [0, 0, 0, CONTAMINATED_EXACT | CONTAMINATED_NGRAM, 0]

@@ -155,6 +155,11 @@ def test_the_first_is_kept_whatever_the_order_of_bands() -> None:
         flags, pairs, left_out = find_near_duplicates(bands[order], nothing, verify=verify)
         assert flags.tolist() == [False, True, True, False, True, True]
         assert {tuple(pair) for pair in pairs} == edges and left_out == 0
+    one_bucket, second = np.full((1, 3), 5, np.uint32), {(2, 1)}
+    found = find_near_duplicates(
+        one_bucket, nothing[:3], verify=lambda pairs: np.array([tuple(pair) in second for pair in pairs.tolist()])
+    )
+    assert found[0].tolist() == [False, False, True], "compared with the first of its bucket only"
     skipped = np.array([False, True, False, False, False, False])
     assert find_near_duplicates(bands, skipped, verify=verify)[0].tolist() == [False, False, False, False, True, True]
 
