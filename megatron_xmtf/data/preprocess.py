@@ -25,6 +25,7 @@ from megatron_xmtf.data.indexed_dataset import token_dtype
 from megatron_xmtf.data.journal import input_identity
 from megatron_xmtf.data.line_chunks import read_files
 from megatron_xmtf.data.records import InputPosition, RecordFormat
+from megatron_xmtf.data.segment_rule import NoSegments
 from megatron_xmtf.data.stop_signals import StoppedError, StopSignals
 from megatron_xmtf.data.tokenizer import Tokenizer
 from megatron_xmtf.errors import ConfigError, DatasetError, ExitCode, RankFailedError, RecordError, XmtfError
@@ -86,6 +87,8 @@ def preprocess(
         on_bad_record=on_bad_record,
     )
     ChunkEncoder(tokenizer, settings)  # a wrong field map is told before any process starts
+    if isinstance(tokenizer.segment_rule, NoSegments):
+        logger.warning("texts are encoded whole, with the same ids but more slowly: %s", tokenizer.segment_rule.reason)
     identities = [input_identity(path) for path in paths]
     writer = ExampleDatasetWriter(
         output_prefix,
@@ -230,6 +233,7 @@ def _facts(
             "eos_id": tokenizer.eos_id,
             "directory": str(tokenizer.directory),
         },
+        "segments": asdict(tokenizer.segment_rule),
         "target_prefix": None if settings.kind == "text" else settings.target_prefix,
         "counts": {
             "read": counts["read"],
