@@ -26,9 +26,11 @@ __all__ = [
     "LossConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ProfileConfig",
     "RecomputeConfig",
     "RunConfig",
     "ScheduleConfig",
+    "WandbConfig",
 ]
 
 
@@ -296,11 +298,46 @@ class EvaluationConfig(Section):
     """Task files for `xmtf evaluate CONFIG`."""
 
 
+class WandbConfig(Section):
+    """The run in Weights & Biases; a resumed run goes on under its own run id, kept in `OUT/wandb.json`."""
+
+    project: Annotated[str, Field(min_length=1)]
+    """Project that the run belongs to."""
+    name: str | None = None
+    """Name of the run. Default: the last part of `output`."""
+    mode: Literal["online", "offline"] = "online"
+    """online: sent while training. offline: written to `OUT/wandb`, for `wandb sync` later."""
+    group: str | None = None
+    """Group that the run is shown in."""
+    tags: list[str] = []
+    """Tags of the run."""
+
+
+class ProfileConfig(Section):
+    """Steps that `torch.profiler` traces, into `OUT/profile/*.json` (Chrome's trace format)."""
+
+    start: PositiveInt
+    """First step traced, counted from 1. Past the first few, which allocate memory and choose kernels."""
+    steps: PositiveInt = 3
+    """Steps traced; a trace grows by tens of MiB a step."""
+    ranks: Literal["first", "all"] = "first"
+    """Whose traces are written."""
+
+
 class LoggingConfig(Section):
-    """What is printed while training."""
+    """What is printed, recorded and checked while training."""
 
     log_interval: PositiveInt = 1
-    """Steps between printed lines; `metrics.jsonl` has every step."""
+    """Steps between printed lines, and of each mean of `train_loss/...`; `metrics.jsonl` has every step."""
+    tensorboard: bool = False
+    """Write event files to `OUT/tensorboard`; needs the package `tensorboard`."""
+    wandb: WandbConfig | None = None
+    """Record the run in Weights & Biases; needs the package `wandb`."""
+    profile: ProfileConfig | None = None
+    """Trace a window of steps."""
+    replica_check_interval: PositiveInt | None = 1000
+    """Steps between comparisons, bit by bit, of parameters that several ranks hold; drift ends the run. None: never.
+    A comparison reads the weights once and exchanges 16 bytes a parameter tensor."""
 
 
 class RunConfig(Section):
@@ -355,6 +392,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"kernels.attention=sdpa needs precision=fp32, it is {self.precision}: torch would round the ALiBi "
                 "bias to it; use auto or reference"
+            )
+        profile = self.logging.profile
+        if profile is not None and profile.start + profile.steps - 1 > self.train_steps:
+            raise ValueError(
+                f"logging.profile asks for steps {profile.start} to {profile.start + profile.steps - 1}, the run has "
+                f"{self.train_steps}"
             )
         if schedule.lr_warmup_steps > self.train_steps:
             raise ValueError(
