@@ -146,7 +146,7 @@ def _run_files(arguments: argparse.Namespace) -> int:
     print(f"{output}: {report.rendered:,} records from {report.rows:,} rows x {len(templates)} templates")
     print(report.table())
     for reason, example in rows_read.examples.items():
-        print(f"  {rows_read.rejected[reason]:,} rows cannot be read ({reason}); the first: {example}")
+        print(f"  rows that cannot be read: {rows_read.rejected[reason]:,} ({reason}); the first: {example}")
     if without_language:
         print(f"  {without_language:,} records name no language: per-language figures need it; say --language")
     return int(ExitCode.DONE)

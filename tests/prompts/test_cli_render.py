@@ -97,3 +97,39 @@ def test_the_same_bytes_whatever_the_hash_seed(directory: Path) -> None:
         subprocess.run(command, cwd=directory, env=environment, check=True, capture_output=True, timeout=120)
         outputs.add((directory / "out.jsonl").read_bytes() + (directory / "out.jsonl.counts.json").read_bytes())
     assert len(outputs) == 1
+
+
+def test_two_workers_make_the_same_bytes(directory: Path) -> None:
+    rows = [{"text": f"größe {number}", "topic": "ab"[number % 2]} for number in range(1500)]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    made = []
+    for workers in ("1", "2"):
+        assert render(directory, "--workers", workers, "--overwrite") == 0
+        made.append((directory / "out.jsonl").read_bytes() + (directory / "out.jsonl.counts.json").read_bytes())
+    assert made[0] == made[1] and made[0].count(b"\n") > 3000
+
+
+def test_a_template_given_up_by_one_worker_is_given_up_by_all(directory: Path) -> None:
+    jinja = "{% if n == 300 %}{{ text.__class__ }}{% endif %}{{ text }}"
+    template = {"name": "walks", "input": jinja, "target": "x"}
+    (directory / "T.yaml").write_text(json.dumps({"templates": [template]}), encoding="utf-8")
+    rows = [{"text": "t", "n": number} for number in range(1500)]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    made = []
+    for workers in ("1", "2"):
+        assert render(directory, "--workers", workers, "--overwrite", "--skip-errors") == 0
+        made.append((directory / "out.jsonl").read_bytes() + (directory / "out.jsonl.counts.json").read_bytes())
+    counts = json.loads((directory / "out.jsonl.counts.json").read_text())["templates"]["walks"]
+    assert made[0] == made[1] and (counts["rendered"], counts["failed"]) == (256, 1244)
+    assert "row rows.jsonl:300" in counts["rejected"]
+
+
+def test_unreadable_rows_are_skipped_and_counted_when_asked(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open(directory / "rows.jsonl", "a", encoding="utf-8") as stream:
+        stream.write('{"text": "cut off\n')
+    assert render(directory, "--skip-errors") == 0
+    assert "rows that cannot be read: 1 (" in capsys.readouterr().out and len(records(directory)) == 10
+    (rejected,) = json.loads((directory / "out.jsonl.counts.json").read_text())["rejected_rows"].values()
+    assert rejected["rows"] == 1 and "rows.jsonl:6" in rejected["first"]
