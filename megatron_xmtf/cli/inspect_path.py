@@ -201,7 +201,7 @@ def _word_dataset(report: dict[str, Any], *, deep: bool) -> str:
     for name, counts in report["columns"].items():
         shown = ", ".join(f"{value or '(none)'} {count:,}" for value, count in list(counts.items())[:NAMES_SHOWN])
         more = f", and {len(counts) - NAMES_SHOWN:,} more" if len(counts) > NAMES_SHOWN else ""
-        lines.append(f"{name:<11}{shown}{more}")
+        lines.append(f"{name:<10} {shown}{more}")
     lines.append(_verdict(deep, known=manifest is not None))
     return "\n".join(lines)
 
