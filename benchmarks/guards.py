@@ -20,6 +20,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from datetime import date
@@ -77,9 +78,9 @@ def build_real(data: Path, directory: Path, megabytes: int) -> Path:
 
 
 def build_scaled(real: Path, directory: Path, count: int) -> Path:
-    """Repeat a dataset up to `count` examples, one token in eight replaced at random; without manifest or columns."""
+    """Repeat a dataset up to `count` examples, half of the input tokens elsewhere; without manifest or columns."""
     from megatron_xmtf.data.example_dataset import ExampleDataset
-    from megatron_xmtf.data.indexed_dataset import IndexedDatasetWriter
+    from megatron_xmtf.data.indexed_writer import IndexedDatasetWriter
 
     prefix = directory / f"scaled-{count}"
     source, generator = ExampleDataset.open(real), np.random.default_rng(0)
@@ -88,24 +89,43 @@ def build_scaled(real: Path, directory: Path, count: int) -> Path:
         if path.with_name(path.name + ".idx").exists():
             continue
         with IndexedDatasetWriter(path, dtype=file.dtype) as writer:
-            for start in range(0, count, BLOCK):
-                some = min(BLOCK, count - start)
+            block = min(BLOCK, len(file))
+            for start in range(0, count, block):
+                some = min(block, count - start)
                 first = start % max(len(file) - some, 1)
                 low, high = file.token_range(first, min(first + some, len(file)))
                 lengths, tokens = file.lengths[first : first + some], np.array(file.tokens[low:high])
                 if half.startswith("inputs"):
-                    places = generator.integers(0, len(tokens), len(tokens) // 8)
+                    places = generator.integers(0, len(tokens), len(tokens) // 2)
                     tokens[places] = tokens[generator.permutation(places)]
                 writer.add(tokens, lengths)
     return prefix
 
 
-def memory_mib(field: str) -> int:
-    """Read VmRSS (now) or VmHWM (peak) of this process; Linux."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) // 1024
-    raise KeyError(field)
+class MemoryPeak:
+    """Samples this process's own memory (not the mapped pages of dataset files, which are the system's to drop)."""
+
+    def __init__(self) -> None:
+        self.before = self.peak = self._now()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    @staticmethod
+    def _now() -> int:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) // 1024
+        raise KeyError("RssAnon")
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.02):
+            self.peak = max(self.peak, self._now())
+
+    def stop(self) -> None:
+        """End the sampling."""
+        self._stop.set()
+        self._thread.join()
 
 
 def measure_scan(data: Path, prefix: Path, guard: str, workers: int) -> dict[str, Any]:
@@ -115,8 +135,7 @@ def measure_scan(data: Path, prefix: Path, guard: str, workers: int) -> dict[str
     from megatron_xmtf.data.tokenizer import Tokenizer
 
     dataset, tokenizer, texts = ExampleDataset.open(prefix), Tokenizer.load(data / TOKENIZER), evaluation_texts(data)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of what was before
-    before = memory_mib("VmRSS")
+    memory = MemoryPeak()
     with tempfile.TemporaryDirectory(dir=prefix.parent) as directory:
         started = time.perf_counter()
         found = scan(
@@ -129,15 +148,15 @@ def measure_scan(data: Path, prefix: Path, guard: str, workers: int) -> dict[str
             show_progress=False,
         )
         seconds = time.perf_counter() - started
-    peak = memory_mib("VmHWM")
+    memory.stop()
     row = found.report["datasets"][0]
     return {
         "examples": len(dataset),
         "tokens": int(dataset.input_lengths.sum(dtype=np.int64) + dataset.target_lengths.sum(dtype=np.int64)),
         "seconds": round(seconds, 2),
         "examples_per_second_per_core": round(len(dataset) / seconds / workers),
-        "memory_before_mib": before,
-        "memory_peak_mib": peak,
+        "memory_before_mib": memory.before,
+        "memory_peak_mib": memory.peak,
         "worker_peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024 if workers > 1 else 0,
         **{name: row[name] for name in ("duplicates", "near_duplicates", "contamination")},
         "comparisons_left_out": found.report["near_duplicate_comparisons_left_out"],
@@ -208,6 +227,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="the shared real data")
     parser.add_argument("--megabytes", type=int, default=50, help="of records rendered from them")
     parser.add_argument("--scale", type=int, nargs="*", default=[], help="numbers of examples, for growth")
+    parser.add_argument("--guards", nargs="*", default=list(GUARDS), choices=list(GUARDS), help="on the real records")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--work", type=Path, help="directory that keeps the datasets; by default a temporary one")
     parser.add_argument("--datasketch-python", help="a Python that has datasketch; without it, it is not measured")
@@ -221,8 +241,8 @@ def run(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """Measure and print everything but the peer."""
     data = arguments.data.resolve()
     prefix = build_real(data, work, arguments.megabytes)
-    cases: list[tuple[str, Path, str, int]] = [("real", prefix, guard, 1) for guard in GUARDS]
-    cases += [("real", prefix, "all", workers) for workers in arguments.workers if workers > 1]
+    cases: list[tuple[str, Path, str, int]] = [("real", prefix, guard, 1) for guard in arguments.guards]
+    cases += [("real", prefix, "all", workers) for workers in arguments.workers if workers > 1 and arguments.guards]
     for count in arguments.scale:
         cases.append(("scaled", build_scaled(prefix, work, count), "all", max(arguments.workers)))
     results = []
