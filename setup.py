@@ -15,7 +15,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_xmtf", "megatron_xmtf.*"]),
-    package_data={"megatron_xmtf": ["py.typed", "config/recipes/*.yaml", "config/mixtures/*.yaml", "quickstart/*.yaml"]},
+    package_data={
+        "megatron_xmtf": ["py.typed", "config/recipes/*.yaml", "config/mixtures/*.yaml", "quickstart/*.yaml"]
+    },
     install_requires=[
         "torch>=2.10",  # 2.10: first release whose weights_only loader has no known hole (CVE-2026-24747)
         "megatron-core>=0.16.1,<0.17",
@@ -35,8 +37,13 @@ setup(
         "babel>=2.15",
     ],
     extras_require={
+        "tensorboard": ["tensorboard>=2.15"],
+        "wandb": ["wandb>=0.18"],
         "datasets": ["pyarrow>=14.0.1", "datasets>=4"],  # parquet files and Hugging Face datasets as sources
-        "dev": ["pyarrow>=14.0.1", "datasets>=4", "pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
+        "dev": [
+            *("pyarrow>=14.0.1", "datasets>=4", "tensorboard>=2.15", "wandb>=0.18"),
+            *("pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"),
+        ],
     },
     entry_points={"console_scripts": ["xmtf=megatron_xmtf.cli:main"]},
     classifiers=[

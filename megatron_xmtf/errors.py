@@ -32,6 +32,7 @@ __all__ = [
     "NonFiniteError",
     "RankFailedError",
     "RecordError",
+    "ReplicaDriftError",
     "TemplateError",
     "TokenizerError",
     "XmtfError",
@@ -103,6 +104,12 @@ class NonFiniteError(XmtfError, ArithmeticError):
     """NaN or Inf where a finite number is needed."""
 
     exit_code = ExitCode.NON_FINITE
+
+
+class ReplicaDriftError(XmtfError, ArithmeticError):
+    """Ranks that hold copies of one parameter no longer hold the same one."""
+
+    exit_code = ExitCode.FAILED
 
 
 class DiskFullError(XmtfError, OSError):

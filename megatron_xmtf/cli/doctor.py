@@ -22,8 +22,12 @@ OPTIONAL = {
     "flash-attn": ("flash_attn", UNUSED, f"{UNUSED}; attention runs as under `kernels`"),
     "liger-kernel": ("liger_kernel", UNUSED, UNUSED),
     "deepspeed": ("deepspeed", UNUSED, UNUSED),
-    "wandb": ("wandb", UNUSED, f"{UNUSED}; metrics.jsonl in the run directory has every step"),
-    "tensorboard": ("tensorboard", UNUSED, f"{UNUSED}; metrics.jsonl in the run directory has every step"),
+    "wandb": ("wandb", "logging.wandb can be set", "logging.wandb cannot be set; metrics.jsonl has every step"),
+    "tensorboard": (
+        "tensorboard",
+        "logging.tensorboard can be set",
+        "logging.tensorboard cannot be set; metrics.jsonl has every step",
+    ),
     "lm-eval": ("lm_eval", UNUSED, f"{UNUSED}; `xmtf evaluate` reads task files"),
 }
 LITTLE_DISK_GIB = 1.0

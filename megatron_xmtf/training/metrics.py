@@ -1,9 +1,15 @@
-"""What a step reports: counts, rates and model FLOPs; `metrics.jsonl` and the printed line.
+"""What a step reports: counts, rates, `metrics.jsonl`, the printed line.
 
-Model FLOPs follow Megatron-LM's convention: forward and backward, full (not causal) attention, the output layer
-included, recomputation not.  FLOPs of a token = 72 l h^2 (1 + s / 6h + V / 12lh).
-Source:  Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM",
-         section 5.1 (there with recomputation: 96 and V / 16lh).
+step, loss, grad_norm, learning_rate     of the update; loss in nats, norm before clipping
+rows, examples, tokens, target_tokens    of the global batch; tokens are not padding
+fill_fraction                            tokens / (rows x sequence_length)
+step_time_ms, tokens_per_second, target_tokens_per_second
+model_tflops_per_gpu, mfu_percent        model FLOPs, `flops.py`; mfu_percent null where no peak is known
+useful_tflops_per_gpu                    useful FLOPs, `flops.py`
+peak_memory_gib                          the most any rank has held so far
+loss_scale, skipped                      fp16's factor, else null; whether gradients overflowed: nothing updated
+train_loss/<dataset>/<language>          every `logging.log_interval` steps, `group_losses.py`
+loss/<dataset>/<language>                every `evaluation.interval` steps, `validation.py`
 """
 
 from __future__ import annotations
@@ -21,19 +27,9 @@ import torch
 from megatron_xmtf.data.batch import Batch
 from megatron_xmtf.files import atomic_write
 from megatron_xmtf.models.architecture import BloomArchitecture
+from megatron_xmtf.training.flops import model_flops_per_token, peak_tflops, useful_flops
 
-__all__ = [
-    "MetricsFile",
-    "StepCounts",
-    "model_flops_per_token",
-    "peak_memory_gib",
-    "printed_line",
-    "step_metrics",
-    "validation_line",
-]
-
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
-"""Dense bf16 peak of GPUs by a part of their name, from NVIDIA's data sheets (SXM parts)."""
+__all__ = ["MetricsFile", "StepCounts", "StepRates", "peak_memory_gib", "printed_line", "validation_line"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,8 @@ class StepCounts:
     tokens: int
     """Tokens that are not padding."""
     target_tokens: int
+    attention_pairs: int
+    """(Query, key) pairs of one segment, the key not after the query."""
 
     @staticmethod
     def of(batches: Sequence[Batch]) -> StepCounts:
@@ -54,15 +52,53 @@ class StepCounts:
             examples=sum(batch.num_examples for batch in batches),
             tokens=sum(batch.num_tokens for batch in batches),
             target_tokens=sum(batch.num_target_tokens for batch in batches),
+            # The token at position p of its segment sees p + 1 tokens; positions of padding are 0.
+            attention_pairs=sum(int(batch.position_ids.sum()) + batch.num_tokens for batch in batches),
         )
 
 
-def model_flops_per_token(architecture: BloomArchitecture, *, sequence_length: int) -> float:
-    """Return the FLOPs of forward and backward for one token of a row; the formula is in the module's docstring."""
-    hidden, layers = architecture.hidden_size, architecture.num_layers
-    attention = sequence_length / (6 * hidden)
-    head = architecture.padded_vocab_size / (12 * layers * hidden)
-    return 72.0 * layers * hidden**2 * (1 + attention + head)
+@dataclass(frozen=True)
+class StepRates:
+    """Turns the counts and the time of a step into rates.
+
+    Args:  peak_tflops: of one GPU; None takes that of this device from the table, where it is there.
+    """
+
+    architecture: BloomArchitecture
+    sequence_length: int
+    world_size: int
+    precision: str
+    peak_tflops: float | None = None
+
+    def of(self, counts: StepCounts, *, seconds: float) -> dict[str, float | None]:
+        """Return the rates of a step; counts are those of all ranks, seconds wall time."""
+        computed_tokens = counts.rows * self.sequence_length
+        gpu_teraseconds = seconds * self.world_size * 1e12
+        per_token = model_flops_per_token(self.architecture, sequence_length=self.sequence_length)
+        useful = useful_flops(
+            self.architecture,
+            tokens=counts.tokens,
+            attention_pairs=counts.attention_pairs,
+            target_tokens=counts.target_tokens,
+        )
+        tflops = per_token * computed_tokens / gpu_teraseconds
+        peak = self.peak_tflops or device_peak_tflops(self.precision)
+        return {
+            "fill_fraction": counts.tokens / computed_tokens,
+            "step_time_ms": seconds * 1e3,
+            "tokens_per_second": counts.tokens / seconds,
+            "target_tokens_per_second": counts.target_tokens / seconds,
+            "model_tflops_per_gpu": tflops,
+            "mfu_percent": None if peak is None else 100 * tflops / peak,
+            "useful_tflops_per_gpu": useful / gpu_teraseconds,
+        }
+
+
+def device_peak_tflops(precision: str) -> float | None:
+    """Return the peak of this rank's GPU where the table has it."""
+    if not torch.cuda.is_available():
+        return None
+    return peak_tflops(torch.cuda.get_device_name(), precision=precision)
 
 
 def peak_memory_gib() -> float:
@@ -74,63 +110,37 @@ def peak_memory_gib() -> float:
     return kilobytes / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def step_metrics(
-    *,
-    step: int,
-    loss: float,
-    grad_norm: float | None,
-    learning_rate: float,
-    counts: StepCounts,
-    seconds: float,
-    flops_per_token: float,
-    sequence_length: int,
-    world_size: int,
-) -> dict[str, Any]:
-    """Return one object of `metrics.jsonl`; the key names are the contract of DESIGN 7.
-
-    Args:    counts: over all ranks. seconds: wall time of the step. loss: nats. grad_norm: before clipping.
-    """
-    computed_tokens = counts.rows * sequence_length
-    tflops = flops_per_token * computed_tokens / seconds / world_size / 1e12
-    peak = _peak_tflops()
-    return {
-        "step": step,
-        "loss": loss,
-        "grad_norm": grad_norm,
-        "learning_rate": learning_rate,
-        "rows": counts.rows,
-        "examples": counts.examples,
-        "tokens": counts.tokens,
-        "target_tokens": counts.target_tokens,
-        "fill_fraction": counts.tokens / computed_tokens,
-        "step_time_ms": seconds * 1e3,
-        "tokens_per_second": counts.tokens / seconds,
-        "target_tokens_per_second": counts.target_tokens / seconds,
-        "model_tflops_per_gpu": tflops,
-        "mfu_percent": None if peak is None else 100 * tflops / peak,
-        "peak_memory_gib": peak_memory_gib(),
-    }
-
-
 def printed_line(metrics: Mapping[str, Any], *, train_steps: int, eta_seconds: float) -> str:
-    """Word a step as one line with fixed columns."""
+    """Word a step as one line with fixed columns; `mfu` and `scale` stand there where they mean something."""
     width = len(str(train_steps))
-    norm = metrics["grad_norm"]
+    norm, mfu = metrics["grad_norm"], metrics["mfu_percent"]
+    mfu_column = "" if mfu is None else f"  mfu {mfu:4.1f}%"
+    scale = metrics["loss_scale"]
+    scale_column = "" if scale is None else f"  scale {scale:8.6g}"
     return (
         f"step {metrics['step']:>{width}}/{train_steps}  loss {metrics['loss']:8.4f}  "
-        f"norm {'-' if norm is None else format(norm, '8.3f')}  lr {metrics['learning_rate']:.2e}  "
+        f"norm {'-' if norm is None else format(norm, '.3f'):>8}  lr {metrics['learning_rate']:.2e}  "
         f"fill {metrics['fill_fraction']:6.1%}  {metrics['step_time_ms']:7.0f} ms  "
         f"{metrics['tokens_per_second']:9,.0f} tok/s  {metrics['target_tokens_per_second']:8,.0f} target tok/s  "
-        f"{metrics['peak_memory_gib']:5.2f} GiB  eta {_clock(eta_seconds)}"
+        f"{metrics['model_tflops_per_gpu']:7.3f} TFLOP/s{mfu_column}  {metrics['peak_memory_gib']:6.2f} GiB"
+        f"{scale_column}  eta {_clock(eta_seconds):>8}{'  skipped' if metrics['skipped'] else ''}"
     )
 
 
 def validation_line(step: int, losses: Mapping[str, float]) -> str:
-    """Word the validation losses of a step, the mean of each dataset first, its languages in brackets."""
-    words = [f"step {step} validation"]
+    """Word the validation losses of a step, the mean of each dataset first, its languages in brackets.
+
+    A language's key is its dataset's with one part more; names of datasets may hold slashes themselves.
+    """
+    words, dataset = [f"step {step} validation"], None
     for key, value in losses.items():
-        parts = key.split("/")[1:]
-        words.append(f"{parts[0]} {value:.4f}" if len(parts) == 1 else f"({parts[1]} {value:.4f})")
+        name = key.removeprefix("loss/")
+        language = name.removeprefix(f"{dataset}/") if dataset is not None and name.startswith(f"{dataset}/") else ""
+        if language and "/" not in language:
+            words.append(f"({language} {value:.4f})")
+        else:
+            dataset = name
+            words.append(f"{name} {value:.4f}")
     return "  ".join(words)
 
 
@@ -148,20 +158,13 @@ class MetricsFile:
             stream.writelines(line + "\n" for line in kept)
         self._stream = open(path, "a", encoding="utf-8", buffering=1)
 
-    def append(self, values: Mapping[str, Any]) -> None:
+    def record(self, values: Mapping[str, Any]) -> None:
         """Write one line, visible to readers at once."""
         self._stream.write(json.dumps(values) + "\n")
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Close the file."""
         self._stream.close()
-
-
-def _peak_tflops() -> float | None:
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
 def _clock(seconds: float) -> str:

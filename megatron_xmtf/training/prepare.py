@@ -36,6 +36,7 @@ from megatron_xmtf.files import require_directory, sha256_json
 from megatron_xmtf.models.architecture import BloomArchitecture, architecture_from_hf, architecture_from_mapping
 from megatron_xmtf.parallel.topology import check_world_size
 from megatron_xmtf.training.resume import check_same_run
+from megatron_xmtf.training.trackers import check_trackers
 
 __all__ = ["PreparedRun", "StartPoint", "open_training_rows", "open_validation_rows", "prepare_run"]
 
@@ -78,6 +79,7 @@ def prepare_run(
     """
     data_parallel_size = check_world_size(config.parallel, world_size)
     _check_global_batch(config, data_parallel_size)
+    check_trackers(config.logging)
     start = _start_point(config, allowed_changes)
     # A model still to be imported is checked where it is, so that a mistake leaves no import behind.
     is_checkpoint = (start.checkpoint / MANIFEST_NAME).is_file()

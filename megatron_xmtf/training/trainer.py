@@ -8,7 +8,6 @@ loss of the step = sum over the global batch of losses * loss_weights / sum of n
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ from typing import Any, TypedDict
 
 import torch
 import torch.distributed
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
@@ -30,29 +28,24 @@ from megatron_xmtf.checkpoint.retention import prune_checkpoints
 from megatron_xmtf.checkpoint.sharded import load_model_weights, load_training_state, save_checkpoint
 from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.data.batch import Batch
-from megatron_xmtf.data.loader import BatchLoader, validation_batches
+from megatron_xmtf.data.loader import BatchLoader
 from megatron_xmtf.errors import NonFiniteError
 from megatron_xmtf.models.forward import chunk_iterators, device_of, forward_chunk
 from megatron_xmtf.models.registry import build_model
 from megatron_xmtf.parallel.topology import Topology, destroy_parallel, initialize_parallel
-from megatron_xmtf.progress import Progress
-from megatron_xmtf.training.loss import global_batch_loss, micro_batch_loss
-from megatron_xmtf.training.metrics import (
-    MetricsFile,
-    StepCounts,
-    model_flops_per_token,
-    printed_line,
-    step_metrics,
-    validation_line,
-)
+from megatron_xmtf.training.group_losses import GroupLosses
+from megatron_xmtf.training.loss import micro_batch_loss
+from megatron_xmtf.training.metrics import StepRates
 from megatron_xmtf.training.optimizer import apply_settings, build_optimizer, set_learning_rate
 from megatron_xmtf.training.prepare import PreparedRun, open_training_rows, open_validation_rows
+from megatron_xmtf.training.profiling import StepProfiler
+from megatron_xmtf.training.replica_check import check_replicas
+from megatron_xmtf.training.run_log import RunLog
 from megatron_xmtf.training.schedule import learning_rate
-from megatron_xmtf.training.validation import validation_losses
+from megatron_xmtf.training.step_totals import largest_peak_memory_gib, step_totals
+from megatron_xmtf.training.validation import validation_batches_by_name, validation_losses
 
 __all__ = ["Trainer", "TrainingResult", "train_rank"]
-
-logger = logging.getLogger(__name__)
 
 
 class TrainingResult(TypedDict):
@@ -98,17 +91,30 @@ class Trainer:
             load_training_state(self.chunks, self.optimizer, prepared.start.checkpoint)
             apply_settings(self.optimizer, self.config.optimizer)
         # data
+        rows = open_training_rows(prepared)
         self.loader = BatchLoader(
-            open_training_rows(prepared),
+            rows,
             micro_batch_size=self.config.batch.micro_batch_size,
             global_batch_size=self.config.batch.global_batch_size,
             data_parallel_rank=topology.dp_rank,
             data_parallel_size=topology.dp_size,
             normalization=self.config.loss.normalization,
         )
-        self.validation = _validation_sets(prepared)
-        self.flops_per_token = model_flops_per_token(
-            prepared.architecture, sequence_length=self.config.batch.sequence_length
+        measured = open_validation_rows(prepared) if self.config.evaluation.interval is not None else {}
+        self.validation = validation_batches_by_name(self.config, measured)
+        # what is seen of it
+        self.group_losses = GroupLosses(rows.datasets)
+        self.rates = StepRates(
+            prepared.architecture,
+            sequence_length=self.config.batch.sequence_length,
+            world_size=topology.world_size,
+            precision=self.config.precision,
+        )
+        self.profiler = StepProfiler(
+            self.config.logging.profile,
+            directory=Path(self.config.output) / "profile",
+            rank=topology.rank,
+            resumed_step=self.step,
         )
 
     def run(self) -> TrainingResult:
@@ -116,32 +122,18 @@ class Trainer:
         config, first = self.config, self.step + 1
         losses: list[float] = []
         checkpoint: Path | None = None
-        is_printer = self.topology.rank == 0
-        metrics_file = (
-            MetricsFile(Path(config.output) / "metrics.jsonl", resumed_step=self.step) if is_printer else None
-        )
-        if is_printer:
-            _print_start(self.prepared, self.topology)
-        with Progress("train", total=config.train_steps - self.step, unit="steps", enabled=is_printer) as progress:
-            started = time.monotonic()
+        with RunLog(self.prepared, self.topology) as log:
             while self.step < config.train_steps:
-                metrics = self.train_step()
+                with self.profiler.step(self.step + 1):
+                    metrics = self.train_step()
                 losses.append(metrics["loss"])
-                if self._due(config.evaluation.interval) and self.validation:
-                    measured = self.validate()
-                    metrics.update(measured)
-                    progress.line(validation_line(self.step, measured))
-                if metrics_file is not None:
-                    metrics_file.append(metrics)
-                    remaining = (time.monotonic() - started) / len(losses) * (config.train_steps - self.step)
-                    progress.advance()
-                    progress.note(f"loss {metrics['loss']:.4f}")
-                    if self._due(config.logging.log_interval):
-                        progress.line(printed_line(metrics, train_steps=config.train_steps, eta_seconds=remaining))
+                if self._due(config.logging.log_interval):
+                    metrics.update(self.group_losses.report(device_of(self.chunks)))
+                log.step(metrics, validation=self.validate() if self._due(config.evaluation.interval) else {})
+                if self._due(config.logging.replica_check_interval):
+                    self.check_replicas()
                 if self._due(config.checkpoint.save_interval) or self.step == config.train_steps:
                     checkpoint = self.save()
-        if metrics_file is not None:
-            metrics_file.close()
         return TrainingResult(
             first_step=first,
             last_step=self.step,
@@ -161,25 +153,31 @@ class Trainer:
         rate = learning_rate(self.config, self.step)
         set_learning_rate(self.optimizer, rate)
         reports = self.forward_backward(batches)
+        loss_scale = float(self.optimizer.get_loss_scale()) if self.config.precision == "fp16" else None
         updated, grad_norm, _ = self.optimizer.step()
-        loss, counts = self._summed(reports, batches)
+        device = device_of(self.chunks)
+        loss, counts = step_totals(reports, batches, device=device)
+        self.group_losses.finish_step()
         norm = None if grad_norm is None else float(grad_norm)
         if not math.isfinite(loss) or (updated and norm is not None and not math.isfinite(norm)):
             raise NonFiniteError(
                 f"step {self.step}: loss {loss}, gradient norm {norm}. No checkpoint is written; the last one is "
                 "untouched. Lower optimizer.lr, or look at the rows of this step with `xmtf inspect`."
             )
-        return step_metrics(
-            step=self.step,
-            loss=loss,
-            grad_norm=norm,
-            learning_rate=rate,
-            counts=counts,
-            seconds=time.monotonic() - started,
-            flops_per_token=self.flops_per_token,
-            sequence_length=self.config.batch.sequence_length,
-            world_size=self.topology.world_size,
-        )
+        return {
+            "step": self.step,
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "rows": counts.rows,
+            "examples": counts.examples,
+            "tokens": counts.tokens,
+            "target_tokens": counts.target_tokens,
+            **self.rates.of(counts, seconds=time.monotonic() - started),
+            "peak_memory_gib": largest_peak_memory_gib(device),
+            "loss_scale": loss_scale,
+            "skipped": not updated,
+        }
 
     def forward_backward(self, batches: list[Batch]) -> list[Tensor]:
         """Fill every `main_grad` with the gradient of the global batch's loss.
@@ -192,7 +190,7 @@ class Trainer:
         self.optimizer.zero_grad()
         return list(
             get_forward_backward_func()(
-                forward_step_func=_forward_step,
+                forward_step_func=self._forward_step,
                 data_iterator=chunk_iterators(batches, self.chunks) if len(self.chunks) > 1 else iter(batches),
                 model=self.chunks,
                 num_microbatches=len(batches),
@@ -206,6 +204,11 @@ class Trainer:
         """Measure the validation losses."""
         with _parameters_gathered(self.chunks, self.config):
             return validation_losses(self.chunks, self.validation)
+
+    def check_replicas(self) -> None:
+        """Compare what several ranks hold; see `replica_check.py`."""
+        with _parameters_gathered(self.chunks, self.config):
+            check_replicas(self.chunks)
 
     def save(self) -> Path:
         """Write a checkpoint of the current step and remove those that no rule keeps."""
@@ -239,33 +242,13 @@ class Trainer:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             model_config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
 
-    def _summed(self, reports: list[Tensor], batches: list[Batch]) -> tuple[float, StepCounts]:
-        """Add loss and counts up over data-parallel ranks and hand them from the last stage to all."""
-        counts = StepCounts.of(batches)
-        numbers = torch.tensor(
-            [0.0, 0.0, counts.rows, counts.examples, counts.tokens, counts.target_tokens],
-            dtype=torch.float64,
-            device=device_of(self.chunks),
-        )
-        if reports:
-            numbers[:2] = global_batch_loss(reports)
-        torch.distributed.all_reduce(numbers, group=parallel_state.get_data_parallel_group())
-        if self.topology.pp_size > 1:
-            torch.distributed.broadcast(
-                numbers,
-                src=parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
-            )
-        weighted, units, *totals = numbers.tolist()
-        rows, examples, tokens, target_tokens = map(int, totals)
-        return weighted / max(units, 1.0), StepCounts(
-            rows=rows, examples=examples, tokens=tokens, target_tokens=target_tokens
-        )
+    def _forward_step(self, batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        losses, batch = forward_chunk(batches, chunk)
+        return losses, partial(self._weigh, batch)
 
-
-def _forward_step(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
-    losses, batch = forward_chunk(batches, chunk)
-    return losses, partial(micro_batch_loss, batch)
+    def _weigh(self, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.group_losses.add(batch, losses)
+        return micro_batch_loss(batch, losses)
 
 
 def _build_chunks(prepared: PreparedRun) -> list[Any]:
@@ -309,32 +292,3 @@ def _parameters_gathered(chunks: list[Any], config: RunConfig) -> Iterator[None]
     yield
     for chunk in delayed:
         chunk.enable_forward_pre_hook()
-
-
-def _validation_sets(prepared: PreparedRun) -> dict[str, Any]:
-    """Return name -> (dataset, all batches); `run_forward` deals them to the data-parallel ranks."""
-    config = prepared.config
-    if config.evaluation.interval is None:
-        return {}
-    return {
-        name: (
-            dataset,
-            validation_batches(
-                rows,
-                num_rows=config.evaluation.rows,
-                micro_batch_size=config.batch.micro_batch_size,
-                data_parallel_rank=0,
-                data_parallel_size=1,
-                normalization="target_sequence",
-            ),
-        )
-        for name, (dataset, rows) in open_validation_rows(prepared).items()
-    }
-
-
-def _print_start(prepared: PreparedRun, topology: Topology) -> None:
-    start, config = prepared.start, prepared.config
-    verb = f"resumed at step {start.step} from" if start.resumed else "starts from"
-    logger.info(
-        "training to step %d on %s in %s, %s %s", config.train_steps, topology, config.precision, verb, start.checkpoint
-    )

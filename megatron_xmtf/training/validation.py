@@ -8,11 +8,37 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.data.batch import Batch
 from megatron_xmtf.data.example_dataset import ExampleDataset
+from megatron_xmtf.data.loader import validation_batches
+from megatron_xmtf.data.rows import PackedRows
 from megatron_xmtf.models.forward import run_forward
 
-__all__ = ["validation_losses"]
+__all__ = ["ValidationSet", "validation_batches_by_name", "validation_losses"]
+
+ValidationSet = tuple[ExampleDataset, list[Batch]]
+"""A dataset and all batches of its rows that are measured."""
+
+
+def validation_batches_by_name(
+    config: RunConfig, rows_by_name: Mapping[str, tuple[ExampleDataset, PackedRows]]
+) -> dict[str, ValidationSet]:
+    """Read the rows of every validation set; `run_forward` deals their batches to the data-parallel ranks."""
+    return {
+        name: (
+            dataset,
+            validation_batches(
+                rows,
+                num_rows=config.evaluation.rows,
+                micro_batch_size=config.batch.micro_batch_size,
+                data_parallel_rank=0,
+                data_parallel_size=1,
+                normalization="target_sequence",
+            ),
+        )
+        for name, (dataset, rows) in rows_by_name.items()
+    }
 
 
 def validation_losses(

@@ -19,7 +19,9 @@ from megatron_xmtf.config import load_config
 from megatron_xmtf.training.trainer import Trainer
 
 STEP_KEYS = """step loss grad_norm learning_rate rows examples tokens target_tokens fill_fraction step_time_ms
-tokens_per_second target_tokens_per_second model_tflops_per_gpu mfu_percent peak_memory_gib""".split()
+tokens_per_second target_tokens_per_second model_tflops_per_gpu mfu_percent useful_tflops_per_gpu peak_memory_gib
+loss_scale skipped train_loss/tiny train_loss/tiny/en train_loss/tiny/fr train_loss_by_language/en
+train_loss_by_language/fr""".split()
 STEPS = 8
 
 

@@ -1,0 +1,44 @@
+"""Loss and counts of a step over all ranks: what the last pipeline stages have, added up and handed to all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple
+
+import torch
+import torch.distributed
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_xmtf.data.batch import Batch
+from megatron_xmtf.training.loss import global_batch_loss
+from megatron_xmtf.training.metrics import StepCounts, peak_memory_gib
+
+__all__ = ["largest_peak_memory_gib", "step_totals"]
+
+
+def step_totals(reports: list[Tensor], batches: Sequence[Batch], *, device: torch.device) -> tuple[float, StepCounts]:
+    """Return the loss and the counts of the global batch, the same on every rank; a collective call.
+
+    Args:    reports: of `micro_batch_loss`, one a micro-batch on the last pipeline stage; empty on the others.
+             batches: this rank's micro-batches, the same on all ranks of its pipeline.
+    """
+    numbers = torch.tensor([0.0, 0.0, *astuple(StepCounts.of(batches))], dtype=torch.float64, device=device)
+    if reports:
+        numbers[:2] = global_batch_loss(reports)
+    torch.distributed.all_reduce(numbers, group=parallel_state.get_data_parallel_group())
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            numbers,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    weighted, units, *totals = numbers.tolist()
+    return weighted / max(units, 1.0), StepCounts(*map(int, totals))
+
+
+def largest_peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory that any rank has held so far; a collective call."""
+    peak = torch.tensor(peak_memory_gib(), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+    return float(peak)
