@@ -9,10 +9,12 @@
     gigatoken     the same with gigatoken's encode_batch_list, where --gigatoken names a Python that has it
 
 DIR holds the real data and the tokenizers; records are rendered from them once, with several templates a row, into
---work. Two sets of them: as rendered, and each distinct pair of inputs and targets once; both in a random order, which
-is the worst for remembering segments. Ratio: peer's seconds / ours. Megatron-LM adds no target prefix and no EOS of
-targets alone, so its records have the prefix written out, and our EOS is taken off before ids are compared; it indexes
-the last of its keys only, so the inputs' ids are compared as one sequence.
+--work. Three sets of them: in the order of `xmtf render`, each distinct pair of inputs and targets once in that order,
+and in a random order, the worst one for remembering segments. Ratio: peer's seconds / ours.
+
+Megatron-LM adds no target prefix and no EOS of targets alone, so its records have the prefix written out, and our EOS
+is taken off before ids are compared; it indexes the last of its keys only, so the inputs' ids are compared as one
+sequence.
 
 The checkout: `git archive core_v0.16.0`; it also wants `six` and `triton`: pip install --target MEGATRON_LM_CHECKOUT
 --no-deps six triton.
@@ -33,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rendered_records import write_records
+from rendered_records import RecordSet, write_records
 
 from megatron_xmtf.data.indexed_dataset import IndexedDataset
 from megatron_xmtf.files import write_json
@@ -154,13 +156,11 @@ def repeated_text(records: Path) -> dict[str, float]:
     }
 
 
-def measure(arguments: argparse.Namespace, *, distinct: bool) -> dict[str, Any]:
+def measure(name: RecordSet, ours: Path, megatron: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run all sides over one set of records."""
     work, tokenizer = arguments.work, arguments.tokenizer
-    ours, megatron = write_records(work, data=arguments.data, megabytes=arguments.megabytes, distinct=distinct)
-    result: dict[str, Any] = {"records": ours.stem, "megabytes": round(ours.stat().st_size / 1e6, 1)}
-    result.update(repeated_text(ours))
-    count = result["records"] = result.pop("records")
+    result: dict[str, Any] = {"set": name, "megabytes": round(ours.stat().st_size / 1e6, 1), **repeated_text(ours)}
+    count = result["records"]
     seconds = {"ours": run_ours(ours, tokenizer=tokenizer, prefix=work / "ours")}
     seconds["megatron"] = run_megatron(
         megatron, checkout=arguments.megatron, tokenizer=tokenizer, prefix=work / "megatron"
@@ -169,12 +169,12 @@ def measure(arguments: argparse.Namespace, *, distinct: bool) -> dict[str, Any]:
     peers = {"encode_batch": (ENCODE_BATCH, sys.executable)}
     if arguments.gigatoken:
         peers["gigatoken"] = (GIGATOKEN, arguments.gigatoken)
-    for name, (program, python) in peers.items():
-        seconds[name], tokens = run_bare(program, ours, python=python, tokenizer=tokenizer)
+    for peer, (program, python) in peers.items():
+        seconds[peer], tokens = run_bare(program, ours, python=python, tokenizer=tokenizer)
         if tokens != compared:
-            raise SystemExit(f"{name} makes {tokens} tokens, not {compared}")
-    for name, value in seconds.items():
-        result[name] = {
+            raise SystemExit(f"{peer} makes {tokens} tokens, not {compared}")
+    for side, value in seconds.items():
+        result[side] = {
             "seconds": round(value, 2),
             "records_per_second": round(count / value),
             "megabytes_per_second": round(result["megabytes"] / value, 2),
@@ -185,10 +185,9 @@ def measure(arguments: argparse.Namespace, *, distinct: bool) -> dict[str, Any]:
 
 
 def _print(result: dict[str, Any], names: list[str]) -> None:
-    print(
-        f"\n{result['megabytes']:.0f} MB, {result['records']:,} records, {result['repeated_records_percent']} % of "
-        f"them and {result['repeated_words_percent']} % of their text repeated; {result['tokens_compared']:,} ids equal"
-    )
+    repeated = f"{result['repeated_records_percent']} % of them and {result['repeated_words_percent']} % of their text"
+    print(f"\n{result['set']}: {result['megabytes']:.0f} MB, {result['records']:,} records; repeated: {repeated}")
+    print(f"{result['tokens_compared']:,} ids equal")
     print(f"{'':<14}{'seconds':>9}{'records/s':>12}{'MB/s':>8}{'ratio':>8}")
     for name in names:
         row = result[name]
@@ -210,7 +209,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.tokenizer = arguments.tokenizer or arguments.data / "tokenizers" / "whisper-large-v3"
     arguments.work.mkdir(parents=True, exist_ok=True)
-    results = [measure(arguments, distinct=distinct) for distinct in (False, True)]
+    files = write_records(arguments.work, data=arguments.data, megabytes=arguments.megabytes)
+    results = [measure(name, *pair, arguments) for name, pair in files.items()]
     if arguments.output:
         content = {
             "benchmark": "preprocess",

@@ -2,8 +2,10 @@
 
 rows of XQuAD, XCOPA, SIB-200, NTREX, NusaX, GSM8K, Flan's chains of thought, Natural Instructions, EXAMS, ...
   x  promptsource's templates, examples/templates and benchmarks/preprocess_templates.yaml
-  -> records.jsonl of the wanted size, in a seeded random order, as `xmtf render` writes them
-  -> megatron.jsonl, the same records with the target prefix written out: Megatron-LM's tool adds none
+  -> rendered-200.jsonl  200 MB in the order of `xmtf render`, row by row; for less than all, some of the rows
+     distinct-200.jsonl  the same, each pair of inputs and targets once
+     shuffled-200.jsonl  the records of the first in a random order, as a shuffled mixture has them
+  -> *.megatron.jsonl, the same records with the target prefix written out: Megatron-LM's tool adds none
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ import io
 import json
 import random
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -25,10 +28,11 @@ from megatron_xmtf.files import atomic_write
 from megatron_xmtf.progress import Progress
 from megatron_xmtf.prompts import Template, load_templates, parse_templates, render_rows
 
-__all__ = ["TARGET_PREFIX", "write_records"]
+__all__ = ["TARGET_PREFIX", "RecordSet", "write_records"]
 
 Row = dict[str, Any]
 TARGET_PREFIX = " "
+RecordSet = Literal["rendered", "distinct", "shuffled"]
 SEED = 0
 PROMPTSOURCE = "promptsource_templates/xp3mt/templates"
 REPOSITORY = Path(__file__).parents[1]
@@ -44,33 +48,41 @@ class RowSet:
     templates: list[Template]
 
 
-def write_records(directory: Path, *, data: Path, megabytes: int, distinct: bool = False) -> tuple[Path, Path]:
-    """Write the two files of `megabytes` into `directory`, once; return (ours, Megatron's).
+def write_records(directory: Path, *, data: Path, megabytes: int) -> dict[RecordSet, tuple[Path, Path]]:
+    """Write three sets of about `megabytes` into `directory`, once; return each set's files, ours and Megatron's."""
+    files: dict[RecordSet, tuple[Path, Path]] = {
+        name: (directory / f"{name}-{megabytes}.jsonl", directory / f"{name}-{megabytes}.megatron.jsonl")
+        for name in get_args(RecordSet)
+    }
+    if not all(path.is_file() for pair in files.values() for path in pair):
+        records = _some_rows(list(_records(data)), megabytes=megabytes)
+        _write(records, *files["rendered"])
+        _write(list({(one["inputs"], one["targets"]): one for one in records}.values()), *files["distinct"])
+        random.Random(SEED).shuffle(records)
+        _write(records, *files["shuffled"])
+    return files
 
-    Args:    distinct: leave out a record whose inputs and targets were there before.
-    """
-    name = f"{'distinct' if distinct else 'rendered'}-{megabytes}"
-    ours, megatron = directory / f"{name}.jsonl", directory / f"{name}.megatron.jsonl"
-    if ours.is_file() and megatron.is_file():
-        return ours, megatron
-    records = list(_records(data))
-    random.Random(SEED).shuffle(records)
-    seen: set[tuple[str, str]] = set()
-    written = 0
-    with atomic_write(ours) as stream, atomic_write(megatron) as prefixed:
+
+def _some_rows(records: list[Row], *, megabytes: int) -> list[Row]:
+    """Keep the share of the rows, with all their templates, that makes about the wanted size."""
+    total = sum(map(len, map(_line, records)))
+    share = 1.01 * megabytes * 10**6 / total
+    if share > 1:
+        print(f"the data and templates give {total / 1e6:.0f} MB, not {megabytes}")
+    return [
+        one for one in records if zlib.crc32(f"{one['dataset']}/{one['language']}/{one['id']}".encode()) < share * 2**32
+    ]
+
+
+def _write(records: list[Row], ours: Path, megatron: Path) -> None:
+    with atomic_write(ours, "wb") as stream, atomic_write(megatron, "wb") as prefixed:
         for record in records:
-            key = (record["inputs"], record["targets"])
-            if written >= megabytes * 10**6 or (distinct and key in seen):
-                continue
-            seen.add(key)
-            line = json.dumps(record, ensure_ascii=False) + "\n"
-            written += len(line.encode())
-            stream.write(line)
-            record = {**record, "targets": TARGET_PREFIX + record["targets"]}
-            prefixed.write(json.dumps(record, ensure_ascii=False) + "\n")
-    if written < megabytes * 10**6:
-        print(f"{ours.name}: the data and templates give {written / 1e6:.0f} MB, not {megabytes}")
-    return ours, megatron
+            stream.write(_line(record))
+            prefixed.write(_line({**record, "targets": TARGET_PREFIX + record["targets"]}))
+
+
+def _line(record: Row) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
 def _records(data: Path) -> Iterator[Row]:

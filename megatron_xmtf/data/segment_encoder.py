@@ -84,7 +84,9 @@ class SegmentEncoder:
         self._backend = backend
         self._typecode = {"uint16": "H", "int32": "i"}[dtype.name]
         self._generation_bytes, self._used_bytes = memory_bytes // 2, 0
-        self._words, self._odd, self._texts = _Table(), _Table(), _Table()
+        self._words, self._odd, self._lines, self._texts = _Table(), _Table(), _Table(), _Table()
+        self._joined: dict[str, tuple[str, str]] = {}
+        self._tails: dict[str, bytes] = {}
         self._starts: dict[str, _Start] = {}
         self._rule = rule if isinstance(rule, SegmentRule) else None
         if self._rule is not None:
@@ -96,6 +98,9 @@ class SegmentEncoder:
         self._unknown_id = rule.unknown_id
         self._unknown_text = added.pop(rule.unknown_id, None) if rule.unknown_id is not None else None
         self._added_ids = frozenset(added)
+        # A further cut must not part an added token.
+        self._cuts_tails = bool(rule.tails) and not any(text.endswith(tuple(rule.tails)) for text in added.values())
+        self._cuts_lines = rule.line_cut is not None and not any("\n" in text for text in added.values())
         self._lead = f"{ANCHOR} " if rule.start_differs else " "
         self._lead_ids = self._encode_all([ANCHOR])[0] if rule.start_differs else []
         self._borders = _Borders(self._backend.normalizer, both=rule.requires == "both") if rule.normalized else None
@@ -135,6 +140,11 @@ class SegmentEncoder:
             self._find_holes(text, start, prefix)
         for table, is_head in ((start.heads, True), (start.odd, True), (self._words, False), (self._odd, False)):
             self._encode_wanted(table, prefix if is_head else self._lead, is_head=is_head)
+        self._encode_wanted(self._lines, "", is_head=True)
+        for key, (left, right) in self._joined.items():
+            halves = self._words.young[left], self._lines.young[right]
+            self._remember(self._words, key, None if None in halves else b"".join(halves))  # type: ignore[arg-type]
+        self._joined = {}
         whole: dict[int, str] = {}
         for text in texts:
             found = text.found
@@ -160,7 +170,7 @@ class SegmentEncoder:
             table, key = (self._words if index else start.heads), parts[index]
             if not self._is_known(table, key):
                 if rule.is_regular(key) if index else rule.is_regular_head(prefix + key):
-                    table.wanted[key] = None
+                    self._want(table, key)
                 else:
                     index, behind = self._widen(index, text, prefix)
                     table, key = (self._odd if index else start.odd), " ".join(parts[index:behind])
@@ -173,6 +183,33 @@ class SegmentEncoder:
                     continue
             text.holes.append((index, table, key))
             index += 1
+
+    def _want(self, table: _Table, key: str) -> None:
+        """Have a regular segment encoded, or made of parts that are known."""
+        rule = self._rule
+        assert rule is not None
+        if table is not self._words:
+            table.wanted[key] = None
+            return
+        if key in self._joined:
+            return
+        line = rule.split_line(key) if self._cuts_lines and "\n" in key else None
+        if line is not None:
+            left, right = line
+            if not self._is_known(self._words, left):
+                self._want(self._words, left)
+            if not self._is_known(self._lines, right):
+                self._lines.wanted[right] = None
+            self._joined[key] = line
+            return
+        tail = rule.split_tail(key) if self._cuts_tails else None
+        ids = self._words.young.get(tail[0]) if tail is not None else None
+        if tail is None or ids is None:
+            table.wanted[key] = None
+            return
+        if tail[1] not in self._tails:
+            self._tails[tail[1]] = self._to_bytes(self._encode_all([tail[1]])[0])
+        self._remember(table, key, ids + self._tails[tail[1]])
 
     def _widen(self, index: int, text: _Incomplete, prefix: str) -> tuple[int, int]:
         """Return the first part of the segment that an irregular part belongs to, and the one behind its last."""
@@ -206,7 +243,7 @@ class SegmentEncoder:
         if self._used_bytes <= self._generation_bytes:
             return
         starts = [table for start in self._starts.values() for table in (start.heads, start.odd)]
-        for table in (self._words, self._odd, self._texts, *starts):
+        for table in (self._words, self._odd, self._lines, self._texts, *starts):
             table.old, table.young = table.young, {}
         self._used_bytes = 0
 

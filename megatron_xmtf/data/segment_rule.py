@@ -16,6 +16,9 @@ decide:
 Why the regexes allow it: every alternative takes a space as its first character or inside a run of white space only,
 so that a match which holds what precedes has ended before the space; nothing looks behind; the one look-ahead,
 `\\s+(?!\\S)`, is tried on white space only, and the cut parts no run of white space.
+Inside a segment that is not known, BLOOM's and GPT-2's regexes allow two further cuts: a letter or digit and the
+punctuation that ends the segment are never one token, and neither are what precedes a line end and the line end
+(GPT-2), or a line end and a word behind it (BLOOM, where line ends and punctuation are).
 Everything that is not listed here has no rule: such a tokenizer is given whole texts.
 """
 
@@ -41,6 +44,11 @@ SPLITS = {
 BLOOM_SPLIT = " ?[^(\\s|[.,!?…。，、।۔،])]+"
 BLOOM_BETWEEN = "()|.,!?…。，、।۔،"
 """Characters beside white space that BLOOM's words do not hold; runs of them, with spaces, stay together."""
+TAILS = '.,!?;:)]"'
+"""Punctuation in every regex above, without the apostrophe, which may begin a contraction."""
+BLOOM_TAILS = ".,!?)"
+OLD_LETTERS = re.compile("[A-Za-z0-9À-ÖØ-öø-ɏА-яء-غف-يऄ-ह一-龥]")
+"""Letters and digits to every version of Unicode; marks are none, the regexes join them with punctuation."""
 SPACE_MARK = "▁"
 """What sentencepiece writes for a space."""
 ODD_LETTERS = "\u0d4e\u0e33\u0eb3\uff9e\uff9f\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
@@ -61,6 +69,10 @@ class SegmentRule:
     """The normaliser may change a border: plain are letters, digits, marks and symbols that stand by themselves."""
     start_differs: bool = False
     """A word at the start of a text gets other ids than behind a space."""
+    tails: str = ""
+    """Punctuation that is cut off from a letter or digit (`splits_tail`) when it ends a segment."""
+    line_cut: Literal["before", "behind"] | None = None
+    """Where a segment may be cut at a line end: before its first one, or behind its last one."""
     unknown_id: int | None = None
     """Id that the model gives to what it does not know."""
 
@@ -91,6 +103,24 @@ class SegmentRule:
     def is_regular_head(self, head: str) -> bool:
         """Tell whether a regular part may follow a text's start, up to its first space."""
         return self.requires == "either" or self.plain_end(head)
+
+    def split_tail(self, segment: str) -> tuple[str, str] | None:
+        """Cut punctuation off the end of a segment, "so." -> ("so", "."); None where there is none to be cut off."""
+        base = segment.rstrip(self.tails) if self.tails else segment
+        if len(base) in (0, len(segment)) or not OLD_LETTERS.match(base[-1]):
+            return None
+        return base, segment[len(base) :]
+
+    def split_line(self, segment: str) -> tuple[str, str] | None:
+        """Cut a segment at a line end, "so.\\n\\nWhy" -> ("so.", "\\n\\nWhy"); None where that is not allowed."""
+        if self.line_cut == "before":
+            place = segment.find("\n")
+            return (segment[:place], segment[place:]) if place > 0 and self.plain_end(segment[:place]) else None
+        if self.line_cut == "behind":
+            place = segment.rfind("\n") + 1
+            inside = 0 < place < len(segment) and self.plain_start(segment[place:])
+            return (segment[:place], segment[place:]) if inside else None
+        return None
 
     def _plain(self, character: str) -> bool:
         # U+180E was a space until Unicode 6.3.
@@ -144,14 +174,18 @@ def _byte_level_rule(steps: Sequence[Mapping[str, Any]], *, normalized: bool) ->
     if len(steps) == 1:
         if not byte_level.get("use_regex", True):
             return NoSegments("its byte-level pre-tokeniser splits nowhere")
-        return SegmentRule("GPT-2", "end", normalized=normalized, start_differs=starts)
+        if normalized or starts:
+            return SegmentRule("GPT-2", "end", normalized=normalized, start_differs=starts)
+        return SegmentRule("GPT-2", "end", tails=TAILS, line_cut="before")
     split = steps[0]
     pattern = split["pattern"].get("Regex")
     whole = split["behavior"] == "Isolated" and not split["invert"] and not byte_level.get("use_regex", True)
     if whole and pattern == BLOOM_SPLIT and not starts:
-        return SegmentRule("BLOOM", "either", excluded=BLOOM_BETWEEN, normalized=normalized)
+        if normalized:
+            return SegmentRule("BLOOM", "either", excluded=BLOOM_BETWEEN, normalized=True)
+        return SegmentRule("BLOOM", "either", excluded=BLOOM_BETWEEN, tails=BLOOM_TAILS, line_cut="behind")
     if whole and pattern in SPLITS and not starts:
-        return SegmentRule(SPLITS[pattern], "end", normalized=normalized)
+        return SegmentRule(SPLITS[pattern], "end", normalized=normalized, tails="" if normalized else TAILS)
     return NoSegments(f"no rule is known for its pre-tokeniser's pattern {pattern!r}")
 
 

@@ -45,6 +45,24 @@ GAPS = [
     " \u00a0",
     "\u3000",
 ]
+ENDS = [
+    ",",
+    ".",
+    "?!",
+    ").",
+    ':"',
+    "'s.",
+    ".'",
+    "...",
+    "\n",
+    "\n\nWhy",
+    ".\n\nWhy:",
+    ".\n",
+    "\n\u0301",
+    "\r\nx",
+    "\n.\nx,",
+    "\u0301.",
+]
 PIECE = st.one_of(st.sampled_from(WORDS), st.sampled_from(GAPS), st.characters(codec="utf-8"))
 TEXT = st.lists(st.one_of(PIECE, st.just(" ")), max_size=14).map("".join)
 SENTENCES = [
@@ -162,6 +180,8 @@ def check_pairs(backend: Tokenizer, rule: SegmentRule | NoSegments) -> None:
     """Every word of the list on either side of a cut, and every gap between two words."""
     encoder = SegmentEncoder(backend, rule, dtype=np.dtype("int32"))
     assert_equal(encoder, backend, [f"{a} {b} c" for a in WORDS for b in WORDS[::5]], "")
+    assert_equal(encoder, backend, [f"x {a}" for a in WORDS], "")  # known now, so that what follows is made of them
+    assert_equal(encoder, backend, [f"x {a}{end} {a}" for a in WORDS for end in ENDS], "")
     assert_equal(encoder, backend, [f"{a}{gap}{b}" for a in WORDS[::4] for gap in GAPS for b in WORDS[::9]], " ")
 
 
