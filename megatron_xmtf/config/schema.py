@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -205,40 +205,99 @@ class BatchConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW; norms and biases are not decayed."""
+    """AdamW or Adafactor; norms and biases are not decayed. Defaults with `name: adafactor` are T5X's, as mT0 ran."""
 
+    name: Literal["adamw", "adafactor"] = "adamw"
+    """adamw: BLOOMZ. adafactor: mT0; one number a row and one a column of a matrix instead of two a parameter, no first
+    moment. Not with `parallel.use_distributed_optimizer`, whose flat shards have no rows and columns."""
     lr: Annotated[float, Field(gt=0)] = 2e-5
-    """Peak learning rate. 2e-5: BLOOMZ."""
+    """Peak learning rate. 2e-5: BLOOMZ; with adafactor 1e-3: T5X finetune.gin, mT0."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Decoupled weight decay of matrices. 1e-4: BLOOMZ."""
+    """Decoupled weight decay of matrices. 1e-4: BLOOMZ; with adafactor 0: T5X."""
     adam_beta1: Fraction = 0.9
     """First-moment decay. 0.9: BLOOMZ."""
     adam_beta2: Fraction = 0.95
     """Second-moment decay. 0.95: BLOOMZ."""
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8
     """Denominator floor. 1e-8: BLOOMZ."""
+    adafactor_decay_rate: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    """Second moments decay by 1 - step ** -rate. 0.8: T5X `decay_rate`, mT0."""
+    adafactor_clipping_threshold: Annotated[float, Field(gt=0)] = 1.0
+    """Largest root mean square of a parameter's update before the rate. 1.0: T5X `clipping_threshold`."""
+    adafactor_multiply_by_parameter_scale: bool = True
+    """Make the rate relative to the root mean square of each parameter. True: T5X `multiply_by_parameter_scale`."""
+    adafactor_epsilon1: Annotated[float, Field(gt=0)] = 1e-30
+    """Added to squared gradients. 1e-30: T5X `epsilon1`."""
+    adafactor_epsilon2: Annotated[float, Field(gt=0)] = 1e-3
+    """Least root mean square of a parameter that the rate is relative to. 1e-3: T5X `epsilon2`."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
-    """Largest global gradient norm; 0 turns clipping off. 1.0: BLOOMZ."""
+    """Largest global gradient norm; 0 turns clipping off. 1.0: BLOOMZ; with adafactor 0: T5X."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_adafactor(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name") == "adafactor":
+            return {"lr": 1e-3, "weight_decay": 0.0, "clip_grad": 0.0, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _no_keys_of_the_other(self) -> OptimizerConfig:
+        other = "adafactor_" if self.name == "adamw" else "adam_"
+        for key, field in type(self).model_fields.items():
+            if key.startswith(other) and getattr(self, key) != field.default:
+                raise ValueError(f"{key}={getattr(self, key)} has no meaning with name: {self.name}")
+        return self
 
 
 class ScheduleConfig(Section):
-    """How long to train and how the learning rate moves, in optimizer steps."""
+    """How long to train and how the learning rate moves, in optimizer steps or in rows."""
 
     train_steps: PositiveInt | None = None
     """Optimizer steps. Give this or `train_rows`."""
     train_rows: PositiveInt | None = None
     """Rows in all, a multiple of `global_batch_size`. Give this or `train_steps`."""
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after warm-up. constant: BLOOMZ."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse_square_root", "wsd"] = "constant"
+    """Shape after warm-up. constant: BLOOMZ, mT0. linear, cosine: down to `min_lr` at the last step.
+    inverse_square_root: by the root of (warm-up / now). wsd (warm-up, stable, decay): constant, then a decay of
+    `lr_wsd_decay_*` at the end."""
     lr_warmup_steps: Annotated[int, Field(ge=0, strict=True)] = 0
     """Steps over which the rate rises linearly from 0. 0: BLOOMZ."""
+    lr_warmup_rows: PositiveInt | None = None
+    """The same in rows, instead of `lr_warmup_steps`."""
+    lr_wsd_decay_steps: PositiveInt | None = None
+    """Length of the decay that ends a wsd schedule. Give this, `lr_wsd_decay_rows` or `lr_wsd_decay_fraction`."""
+    lr_wsd_decay_rows: PositiveInt | None = None
+    """The same in rows."""
+    lr_wsd_decay_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The same as a share of the whole run. 0.1 to 0.2 is usual: Haegele et al. 2024, arXiv:2405.18392."""
+    lr_wsd_decay_style: Literal["linear", "cosine", "minus_sqrt", "exponential"] = "linear"
+    """Shape of that decay, as in Megatron-Core. minus_sqrt: 1 - sqrt(progress); exponential: 2 * 0.5**progress - 1."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Rate at the last step of linear and cosine decay."""
+    """Rate at the last step of linear, cosine and wsd; the floor of inverse_square_root."""
 
     @model_validator(mode="after")
     def _one_length(self) -> ScheduleConfig:
         if (self.train_steps is None) == (self.train_rows is None):
             raise ValueError("give exactly one of schedule.train_steps and schedule.train_rows")
+        if self.lr_warmup_steps and self.lr_warmup_rows is not None:
+            raise ValueError(
+                f"give one of schedule.lr_warmup_steps={self.lr_warmup_steps} and "
+                f"schedule.lr_warmup_rows={self.lr_warmup_rows}"
+            )
+        lengths = ("lr_wsd_decay_steps", "lr_wsd_decay_rows", "lr_wsd_decay_fraction")
+        given = [key for key in lengths if getattr(self, key) is not None]
+        if self.lr_decay_style == "wsd" and len(given) != 1:
+            raise ValueError(
+                f"schedule.lr_decay_style=wsd needs exactly one of {', '.join(lengths)}; given: "
+                f"{', '.join(given) or 'none'}"
+            )
+        if self.lr_decay_style != "wsd" and given:
+            raise ValueError(f"schedule.{given[0]} needs lr_decay_style=wsd; it is {self.lr_decay_style}")
+        if self.lr_decay_style == "inverse_square_root" and not (self.lr_warmup_steps or self.lr_warmup_rows):
+            raise ValueError(
+                "schedule.lr_decay_style=inverse_square_root falls from the end of the warm-up: give "
+                "schedule.lr_warmup_steps or schedule.lr_warmup_rows"
+            )
         return self
 
 
@@ -399,9 +458,20 @@ class RunConfig(Section):
                 f"logging.profile asks for steps {profile.start} to {profile.start + profile.steps - 1}, the run has "
                 f"{self.train_steps}"
             )
+        if self.optimizer.name == "adafactor" and parallel.use_distributed_optimizer:
+            raise ValueError(
+                "optimizer.name=adafactor and parallel.use_distributed_optimizer=true cannot be combined: flat shards "
+                "have no rows and columns to factor; its state is small, set use_distributed_optimizer=false"
+            )
         if schedule.lr_warmup_steps > self.train_steps:
             raise ValueError(
                 f"schedule.lr_warmup_steps={schedule.lr_warmup_steps} is more than the run's {self.train_steps} steps"
+            )
+        rows = self.train_steps * batch.global_batch_size
+        if self.warmup_rows + self.wsd_decay_rows > rows:
+            raise ValueError(
+                f"schedule: warm-up and decay of the learning rate take {self.warmup_rows} and {self.wsd_decay_rows:g} "
+                f"rows, the run has {rows}"
             )
         return self
 
@@ -412,3 +482,17 @@ class RunConfig(Section):
             return self.schedule.train_steps
         assert self.schedule.train_rows is not None, "the schema requires train_steps or train_rows"
         return self.schedule.train_rows // self.batch.global_batch_size
+
+    @property
+    def warmup_rows(self) -> int:
+        """Rows of the learning rate's warm-up."""
+        schedule = self.schedule
+        return schedule.lr_warmup_rows or schedule.lr_warmup_steps * self.batch.global_batch_size
+
+    @property
+    def wsd_decay_rows(self) -> float:
+        """Rows of the decay that ends a wsd schedule; 0 with any other."""
+        schedule, batch = self.schedule, self.batch.global_batch_size
+        if schedule.lr_wsd_decay_fraction is not None:
+            return schedule.lr_wsd_decay_fraction * self.train_steps * batch
+        return schedule.lr_wsd_decay_rows or (schedule.lr_wsd_decay_steps or 0) * batch

@@ -1,4 +1,4 @@
-"""AdamW for Megatron-Core's optimizers, and two cures for silent faults of resuming with them.
+"""AdamW and Adafactor in Megatron-Core's optimizers, and two cures for silent faults of resuming with them.
 
 Megatron-Core's distributed optimizer expects what NVIDIA's FusedAdam has: the step count in the parameter group.
 torch's AdamW keeps one step tensor a parameter; loaded from a checkpoint all parameters share one, it is counted up
@@ -22,6 +22,7 @@ from torch.optim.adamw import adamw
 
 from megatron_xmtf.config.schema import OptimizerConfig, RunConfig
 from megatron_xmtf.models.registry import DTYPES
+from megatron_xmtf.training.factored_state import wrap_adafactor
 
 __all__ = ["GroupStepAdam", "apply_settings", "build_optimizer", "set_learning_rate"]
 
@@ -96,27 +97,14 @@ def build_optimizer(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> Meg
 
     Norms and biases are not decayed. NVIDIA's fused Adam is used where Transformer Engine or apex brings it.
     """
-    if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
-        _install_group_step_adam()
     settings = config.optimizer
-    optimizer = get_megatron_optimizer(
-        McoreOptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.adam_beta1,
-            adam_beta2=settings.adam_beta2,
-            adam_eps=settings.adam_eps,
-            clip_grad=settings.clip_grad,
-            bf16=config.precision == "bf16",
-            fp16=config.precision == "fp16",
-            initial_loss_scale=INITIAL_LOSS_SCALE,
-            params_dtype=DTYPES[config.precision],
-            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-            overlap_param_gather=config.parallel.overlap_param_gather,
-        ),
-        list(chunks),
-    )
+    mcore_config = _mcore_config(config)
+    if settings.name == "adafactor":
+        optimizer: MegatronOptimizer = wrap_adafactor(chunks, mcore_config)
+    else:
+        if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
+            _install_group_step_adam()
+        optimizer = get_megatron_optimizer(mcore_config, list(chunks))
     apply_settings(optimizer, settings)
     for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
         if isinstance(part, DistributedOptimizer):
@@ -133,14 +121,40 @@ def apply_settings(optimizer: MegatronOptimizer, settings: OptimizerConfig) -> N
     for group in optimizer.param_groups:
         # Megatron-Core marks norms and biases with wd_mult 0 and leaves it to Megatron-LM's scheduler to obey.
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
-        group["betas"] = (settings.adam_beta1, settings.adam_beta2)
-        group["eps"] = settings.adam_eps
+        if settings.name == "adafactor":
+            group["decay_rate"] = settings.adafactor_decay_rate
+            group["clipping_threshold"] = settings.adafactor_clipping_threshold
+            group["multiply_by_parameter_scale"] = settings.adafactor_multiply_by_parameter_scale
+            group["epsilon1"] = settings.adafactor_epsilon1
+            group["epsilon2"] = settings.adafactor_epsilon2
+        else:
+            group["betas"] = (settings.adam_beta1, settings.adam_beta2)
+            group["eps"] = settings.adam_eps
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
     """Set the rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def _mcore_config(config: RunConfig) -> McoreOptimizerConfig:
+    settings = config.optimizer
+    return McoreOptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
+        initial_loss_scale=INITIAL_LOSS_SCALE,
+        params_dtype=DTYPES[config.precision],
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
 
 
 def _install_group_step_adam() -> None:

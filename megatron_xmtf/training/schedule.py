@@ -12,25 +12,55 @@ __all__ = ["learning_rate"]
 def learning_rate(config: RunConfig, step: int) -> float:
     """Return the rate of the update that ends `step` (from 1).
 
-        warm-up          step / lr_warmup_steps * lr              up to lr_warmup_steps
-        constant         lr
-        linear           lr -> min_lr, reached at the last step
-        cosine           the same, along half a cosine
+    All lengths are counted in rows; given in steps they are steps * global_batch_size. With n the rows trained on when
+    the step ends, w those of the warm-up, d those of the final decay and N those of the run:
 
-    >>> from types import SimpleNamespace as N
-    >>> run = N(optimizer=N(lr=1.0), schedule=N(lr_warmup_steps=2, lr_decay_style="linear", min_lr=0.0), train_steps=6)
-    >>> [learning_rate(run, step) for step in range(1, 7)]
-    [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+        warm-up              lr * n / w                                          n <= w
+        constant             lr
+        linear               min_lr + (lr - min_lr) * (1 - p)                    p = (n - w) / (N - w)
+        cosine               min_lr + (lr - min_lr) * (1 + cos(pi p)) / 2
+        inverse_square_root  max(min_lr, lr * sqrt(w / n))
+        wsd                  lr                                                  n <= N - d
+          linear             min_lr + (lr - min_lr) * (1 - q)                    q = (n - (N - d)) / d
+          cosine             min_lr + (lr - min_lr) * (1 + cos(pi q)) / 2
+          minus_sqrt         min_lr + (lr - min_lr) * (1 - sqrt(q))
+          exponential        min_lr + (lr - min_lr) * (2 * 0.5^q - 1)
+
+    linear, cosine and wsd stay at min_lr past the end of the run. Worked example, lr 1, warm-up 2 of 6 steps, wsd with
+    a decay of 2:
+
+        step         1    2    3    4    5    6
+        linear       0.5  1.0  0.75 0.5  0.25 0.0
+        wsd, linear  0.5  1.0  1.0  1.0  0.5  0.0
+
+    Source:  Megatron-Core's OptimizerParamScheduler; for wsd Hu et al. 2024, arXiv:2404.06395.
     """
     schedule, peak = config.schedule, config.optimizer.lr
-    if step <= schedule.lr_warmup_steps:
-        return peak * step / schedule.lr_warmup_steps
+    batch = config.batch.global_batch_size
+    now, end, warmup = step * batch, config.train_steps * batch, config.warmup_rows
+    if now < warmup:
+        return peak * now / warmup
     if schedule.lr_decay_style == "constant":
         return peak
-    decay_steps = max(1, config.train_steps - schedule.lr_warmup_steps)
-    progress = min(1.0, (step - schedule.lr_warmup_steps) / decay_steps)
-    if schedule.lr_decay_style == "linear":
-        remaining = 1.0 - progress
+    if schedule.lr_decay_style == "inverse_square_root":
+        return max(schedule.min_lr, peak * math.sqrt(warmup / now))
+    if schedule.lr_decay_style == "wsd":
+        start, shape = end - config.wsd_decay_rows, schedule.lr_wsd_decay_style
     else:
-        remaining = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return schedule.min_lr + (peak - schedule.min_lr) * remaining
+        start, shape = warmup, schedule.lr_decay_style
+    if now <= start:
+        return peak
+    progress = min(1.0, (now - start) / max(end - start, 1))
+    return schedule.min_lr + (peak - schedule.min_lr) * _remaining(shape, progress)
+
+
+def _remaining(shape: str, progress: float) -> float:
+    """Return which share of the way from `min_lr` to `lr` is left after `progress` of a decay."""
+    if shape == "linear":
+        return 1.0 - progress
+    if shape == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    if shape == "minus_sqrt":
+        return 1.0 - math.sqrt(progress)
+    assert shape == "exponential", f"the schema knows no shape {shape}"
+    return 2.0 * 0.5**progress - 1.0
