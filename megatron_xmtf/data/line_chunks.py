@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -27,8 +27,10 @@ UTF8_MARK = b"\xef\xbb\xbf"
 BEGINNING = InputPosition()
 
 
-def read_files(paths: Sequence[Path], *, start: InputPosition = BEGINNING) -> Iterator[LineChunk]:
-    """Cut files into chunks, one file after another, from `start` on.
+def read_files(
+    paths: Sequence[Path], *, start: InputPosition = BEGINNING, on_block: Callable[[], None] = lambda: None
+) -> Iterator[LineChunk]:
+    """Cut files into chunks, one file after another, from `start` on; the rest is as of `read_chunks`.
 
     Raises:  as `read_chunks`.
     """
@@ -36,17 +38,23 @@ def read_files(paths: Sequence[Path], *, start: InputPosition = BEGINNING) -> It
     for number, path in enumerate(paths):
         if number >= start.file:
             own_start = start if number == start.file else InputPosition(file=number)
-            yield from read_chunks(path, start=own_start, earlier_bytes=earlier_bytes)
+            yield from read_chunks(path, start=own_start, earlier_bytes=earlier_bytes, on_block=on_block)
         earlier_bytes += path.stat().st_size
 
 
 def read_chunks(
-    path: Path, *, chunk_bytes: int = CHUNK_BYTES, start: InputPosition = BEGINNING, earlier_bytes: int = 0
+    path: Path,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    start: InputPosition = BEGINNING,
+    earlier_bytes: int = 0,
+    on_block: Callable[[], None] = lambda: None,
 ) -> Iterator[LineChunk]:
     """Cut a .jsonl, .jsonl.gz or .jsonl.zst file into chunks of whole lines; a byte order mark at its start is dropped.
 
     Args:    chunk_bytes: bytes read at a time. start: a position that an earlier chunk of the file gave.
              earlier_bytes: size of the files before this one, to be counted in `bytes_read`.
+             on_block: called before each block is read, those left out too; may raise to stop.
     Raises:  MissingError: no such file. RecordError: a line over 64 MiB, a damaged .gz or .zst, or a file that ends
              before `start`.
     """
@@ -55,8 +63,9 @@ def read_chunks(
     with open(path, "rb") as raw, decompressed(raw, [suffix]) as stream:
         position, rest = start, b""
         try:
-            _skip(stream, start.offset, seekable=stream is raw)
+            _skip(stream, start.offset, seekable=stream is raw, on_block=on_block)
             while True:
+                on_block()
                 block = stream.read(chunk_bytes)
                 end = block.rfind(b"\n") + 1
                 data, rest = (rest + block[:end], block[end:]) if end else (b"", rest + block)
@@ -85,12 +94,13 @@ def read_chunks(
             raise RecordError(f"{path} is a damaged or truncated {kind} file ({error}); copy it again.") from error
 
 
-def _skip(stream: IO[bytes], count: int, *, seekable: bool) -> None:
+def _skip(stream: IO[bytes], count: int, *, seekable: bool, on_block: Callable[[], None]) -> None:
     """Leave out the first `count` bytes."""
     if seekable:
         stream.seek(count)
         return
     while count:
+        on_block()
         block = stream.read(min(count, CHUNK_BYTES))
         if not block:
             raise EOFError("it ends before the line where reading was to go on")

@@ -105,7 +105,7 @@ def preprocess(
         run.refuse_skipped(settings)
         try:
             total = sum(identity["bytes"] for identity in identities)
-            chunks = read_files(paths, start=run.position)
+            chunks = read_files(paths, start=run.position, on_block=signals.check)
             encoded_chunks = encode_chunks(chunks, tokenizer=tokenizer, settings=settings, workers=workers)
             with closing(encoded_chunks):
                 run.write_all(encoded_chunks, total_bytes=total, show_progress=show_progress)
@@ -125,7 +125,8 @@ def preprocess(
             return writer.commit(_facts(tokenizer, settings, identities, run.counts))
         except (StoppedError, RankFailedError) as error:
             run.record()
-            raise run.explained(error) from error.__cause__
+            # A signal to all processes may have killed a worker that was only starting.
+            raise run.explained(signals.error or error) from error.__cause__
         except XmtfError as error:
             raise run.explained(error) from error.__cause__
 
@@ -169,7 +170,6 @@ class _Run:
         name = "preprocess (continued)" if self._resumed else "preprocess"
         with Progress(name, total=total, unit="MB", done=done, enabled=show_progress) as progress:
             for encoded in encoded_chunks:
-                self._signals.defer()
                 self._writer.add(encoded.halves, encoded.columns, documents=encoded.documents)
                 self.counts.update(encoded.counts)
                 self.position = encoded.position

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 from megatron_xmtf.errors import ExitCode, XmtfError
 
 __all__ = ["StopSignals", "StoppedError"]
 
+IMPATIENCE_SECONDS = 1.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -20,20 +23,21 @@ class StoppedError(XmtfError):
 
 
 class StopSignals:
-    """Turn the first signal into a `StoppedError` where nothing is torn by it, the second into KeyboardInterrupt.
+    """Turn a signal into a `StoppedError`, where nothing is torn by it.
 
     with StopSignals() as signals:
-        prepare()                    # a signal raises at once
         for chunk in chunks:
-            write(chunk)             # from the first `check` on a signal waits ...
-            signals.check()          # ... for this moment
+            write(chunk)             # a signal waits ...
+            signals.check()          # ... for this moment: an error while workers start would leave them behind
 
-    A signal that the process was told to ignore (nohup) stays ignored. Outside the main thread nothing is installed.
+    Until then more signals change nothing (`timeout` sends two), but Ctrl-C again, `IMPATIENCE_SECONDS` later, kills
+    the worker processes and raises KeyboardInterrupt. A signal that the process was told to ignore (nohup) stays
+    ignored. Outside the main thread nothing is installed.
     """
 
     def __init__(self) -> None:
         self._caught: signal.Signals | None = None
-        self._deferring = False
+        self._caught_at = 0.0
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -51,19 +55,20 @@ class StopSignals:
         for number, before in self._before.items():
             signal.signal(number, before)  # type: ignore[arg-type]
 
-    def defer(self) -> None:
-        """Let signals wait for `check` from now on."""
-        self._deferring = True
+    @property
+    def error(self) -> StoppedError | None:
+        """What `check` would raise."""
+        return None if self._caught is None else StoppedError(f"stopped by {self._caught.name}.")
 
     def check(self) -> None:
         """Raise StoppedError if a signal came."""
-        self._deferring = True
-        if self._caught is not None:
-            raise StoppedError(f"stopped by {self._caught.name}.")
+        if error := self.error:
+            raise error
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        if self._caught is not None:
+        if self._caught is None:
+            self._caught, self._caught_at = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._caught_at >= IMPATIENCE_SECONDS:
+            for child in multiprocessing.active_children():
+                child.kill()
             raise KeyboardInterrupt
-        self._caught = signal.Signals(number)
-        if not self._deferring:
-            self.check()

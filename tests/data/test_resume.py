@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from megatron_xmtf.data.line_chunks import read_chunks
 from megatron_xmtf.data.merge import merge_datasets
 from megatron_xmtf.data.part_file import PartFile
 from megatron_xmtf.data.preprocess import preprocess
+from megatron_xmtf.data.records import LineChunk
 from megatron_xmtf.errors import DatasetError, DiskFullError, RecordError
 
 LANGUAGES = ["sw", "yo", "en"]
@@ -219,9 +219,10 @@ def test_a_stopped_run_keeps_its_work(
 def test_stopped_before_the_first_chunk(
     inputs: list[Path], tokenizer_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    def stop(*_: Any, **__: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
+    def stop(paths: Any, *, start: Any, on_block: Callable[[], None]) -> Iterator[LineChunk]:
+        for _ in range(2):  # as `timeout` sends them
+            os.kill(os.getpid(), signal.SIGTERM)
+        return line_chunks.read_files(paths, start=start, on_block=on_block)
 
     monkeypatch.setattr("megatron_xmtf.data.preprocess.read_files", stop)
     command = ["preprocess", "--input", str(inputs[0]), "--tokenizer", str(tokenizer_directory), "--output-prefix"]
@@ -418,7 +419,7 @@ def test_going_on_does_not_read_again(
     read = []
     monkeypatch.setattr(
         "megatron_xmtf.data.preprocess.read_files",
-        lambda paths, start: [read.append(chunk) or chunk for chunk in line_chunks.read_files(paths, start=start)],
+        lambda paths, start, **_: [read.append(c) or c for c in line_chunks.read_files(paths, start=start)],
     )
     run(inputs, tokenizer_directory, prefix)
     lines = sum(len(chunk.data.splitlines()) for chunk in read)
