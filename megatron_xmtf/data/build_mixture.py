@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_xmtf.config.mixture import EachConfig, MixtureConfig, MixtureEntry, PinchConfig, SelectionConfig
 from megatron_xmtf.data.example_dataset import ExampleDataset
-from megatron_xmtf.data.fitting import FittingExamples, LongExamples, fit_examples, require_examples
+from megatron_xmtf.data.fitting import FittingExamples, LeftOut, LongExamples, fit_examples, require_examples
 from megatron_xmtf.data.mixture import Component, Mixture
 from megatron_xmtf.data.pinch import Pool, draw_pinch, require_documents
 from megatron_xmtf.data.selection import choose_examples, combinations, select_examples
@@ -87,10 +87,12 @@ class _Builder:
     excluded: list[NDArray[np.bool_] | None]
     components: list[Component] = field(default_factory=list)
     floors: list[Floor] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
     labels: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     """(column, name) -> components that consist of it, for the columns that have floors."""
 
     def build(self) -> Mixture:
+        self.left_out = [LeftOut() for _ in self.datasets]
         top = _Inherited((self.mixture,), self.mixture.split, self.mixture.each, "")
         pinched = self._pinch(self.mixture.pinch) if self.mixture.pinch else []
         root = ShareNode(temperature=self.mixture.temperature)
@@ -104,7 +106,7 @@ class _Builder:
                 f"{self.sequence_length + 1} tokens (sequence_length + 1), or all are left out by the mixture's "
                 "selection. Raise sequence_length, set long_examples to truncate_inputs_left, or take other data."
             )
-        return Mixture(self.components + pinched, root, self.floors, self.mixture.unit)
+        return Mixture(self.components + pinched, root, self.floors, self.mixture.unit, self.left_out)
 
     def _node(self, entry: MixtureEntry, around: _Inherited, pinched: Sequence[Component]) -> ShareNode:
         """Build an entry's part of the tree; its components are appended in the order of the leaves."""
@@ -138,15 +140,16 @@ class _Builder:
             node = self._leaf(name, number, examples, _nearest(entry, inside.each))
             node.weight = entry.weight
             return node
-        parts = combinations(dataset, entry.by, chosen)
+        examples = self._fit(number, chosen)
+        parts = combinations(dataset, entry.by, examples.ids)
         if entry.weights and set(entry.weights) != {names[0] for names in parts}:
             raise ConfigError(
                 f"weights of {name!r} name {', '.join(sorted(entry.weights))}, but its {entry.by[0]}s are "
                 f"{', '.join(names[0] for names in parts)}; give a weight to each, and to no other."
             )
         node = ShareNode(weight=entry.weight, cap=entry.cap, temperature=entry.temperature or 1.0)
-        for names, mask in parts.items():
-            child = self._leaf(f"{name}[{','.join(names)}]", number, self._fit(number, mask), inside.each)
+        for names, positions in parts.items():
+            child = self._leaf(f"{name}[{','.join(names)}]", number, examples.only(positions), inside.each)
             child.weight = entry.weights.get(names[0])
             node.children.append(child)
         return node
@@ -158,17 +161,14 @@ class _Builder:
         columns = list(self.mixture.floors)
         if not columns:
             return self._component(name, number, examples, settings, cap=settings.cap)
-        parts = combinations(self.datasets[number], columns, None)
+        parts = combinations(self.datasets[number], columns, examples.ids)
         node = ShareNode(cap=settings.cap)
-        for names, mask in parts.items():
-            inside = mask[examples.ids]
-            if not inside.any():
-                continue
+        for names, positions in parts.items():
             for column, label in zip(columns, names, strict=True):
                 if label:
                     self.labels.setdefault((column, label), []).append(len(self.components))
-            part_name = name if inside.all() else f"{name}[{','.join(names)}]"
-            node.children.append(self._component(part_name, number, examples.only(inside), settings, cap=None))
+            part_name = name if len(parts) == 1 else f"{name}[{','.join(names)}]"
+            node.children.append(self._component(part_name, number, examples.only(positions), settings, cap=None))
         return node
 
     def _component(
@@ -200,12 +200,14 @@ class _Builder:
         return ~excluded if chosen is None else chosen & ~excluded
 
     def _fit(self, number: int, chosen: NDArray[np.bool_] | None) -> FittingExamples:
-        return fit_examples(
+        examples = fit_examples(
             self.datasets[number],
             sequence_length=self.sequence_length,
             long_examples=self.long_examples,
             chosen=chosen,
         )
+        self.left_out[number] += examples.left_out
+        return examples
 
     def _pinch(self, pinch: PinchConfig) -> list[Component]:
         split = pinch.split or self.mixture.split

@@ -11,7 +11,7 @@ Whatever the policy, what is left out or cut is counted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -20,14 +20,29 @@ from numpy.typing import NDArray
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.errors import DatasetError
 
-__all__ = ["FittingExamples", "LongExamples", "fit_examples", "require_examples"]
+__all__ = ["FittingExamples", "LeftOut", "LongExamples", "fit_examples", "require_examples"]
 
 LongExamples = Literal["drop", "truncate_inputs_left", "truncate_inputs_right", "error"]
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Counts of different examples that are not in a row whole."""
+
+    dropped: int = 0
+    """Too long."""
+    truncated: int = 0
+    """Inputs cut."""
+    empty: int = 0
+    """Without target tokens."""
+
+    def __add__(self, other: LeftOut) -> LeftOut:
+        return LeftOut(self.dropped + other.dropped, self.truncated + other.truncated, self.empty + other.empty)
+
+
+@dataclass(frozen=True)
 class FittingExamples:
-    """The examples of one dataset that can be in a row."""
+    """Examples of one dataset that can be in a row."""
 
     ids: NDArray[np.integer]
     """Ascending; uint32 where that suffices: there may be hundreds of millions."""
@@ -35,18 +50,14 @@ class FittingExamples:
     """Tokens in the row, after truncation; uint16 where that suffices."""
     target_tokens: NDArray[np.integer]
     """Labels that the loss is taken over; the same type."""
-    dropped: int
-    truncated: int
-    empty: int
+    left_out: LeftOut
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def only(self, chosen: NDArray[np.bool_] | NDArray[np.integer]) -> FittingExamples:
-        """Return some of these examples; the counts of what is left out stay those of all."""
-        return replace(
-            self, ids=self.ids[chosen], lengths=self.lengths[chosen], target_tokens=self.target_tokens[chosen]
-        )
+        """Return some of these examples, with nothing left out beside them."""
+        return FittingExamples(self.ids[chosen], self.lengths[chosen], self.target_tokens[chosen], LeftOut())
 
 
 def fit_examples(
@@ -81,9 +92,11 @@ def fit_examples(
         ids=ids.astype(np.uint32 if len(lengths) <= np.iinfo(np.uint32).max else np.int64),
         lengths=np.minimum(lengths[ids], capacity).astype(small),
         target_tokens=predicted[ids].astype(small),
-        dropped=int(np.count_nonzero(has_target & looked_at & ~fits & ~cut)),
-        truncated=int(np.count_nonzero(cut)),
-        empty=int(np.count_nonzero(looked_at & ~has_target)),
+        left_out=LeftOut(
+            dropped=int(np.count_nonzero(has_target & looked_at & ~fits & ~cut)),
+            truncated=int(np.count_nonzero(cut)),
+            empty=int(np.count_nonzero(looked_at & ~has_target)),
+        ),
     )
 
 
@@ -106,6 +119,7 @@ def require_examples(dataset: ExampleDataset, examples: FittingExamples, *, sequ
     if not len(examples):
         raise DatasetError(
             f"dataset {dataset.name!r} ({dataset.prefix}) has no example for a row of {sequence_length + 1} tokens "
-            f"(sequence_length + 1): {len(dataset)} examples, {examples.dropped} too long, {examples.empty} "
+            f"(sequence_length + 1): {len(dataset)} examples, {examples.left_out.dropped} too long, "
+            f"{examples.left_out.empty} "
             "without target. Raise sequence_length, set long_examples to truncate_inputs_left, or take other data."
         )

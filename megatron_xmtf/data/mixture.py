@@ -1,14 +1,15 @@
 """Which examples of which dataset a run draws, pass after pass over its mixture.
 
-    component   examples   part     a pass of 10 draws    from
-    A           6          none     all 6                 every example once a pass
-    B           4          none     all 4
-    A           6          1/4      10 * 1/4 = 2.5 -> 3   half of A, and nothing twice in two passes
-    B           4          3/4      10 * 3/4 = 7.5 -> 7   B once and 3 of it again: 3 repeats
+    component   examples   part     a pass draws
+    A           6000       none     all 6000, B all 4000: every example once
+    B           4000       none
+    A           6000       1/4      1333: with B's 4000 that is the longest pass in which no example comes twice
+    B           4000       3/4      4000
 
 Parts are rounded by largest remainder. Each component is read round after round, every round in a new random order,
-and a pass goes on where the one before it stopped: over the run no example of a component is drawn twice more often
-than another. The parts themselves are `shares.py`, what is read at all is `selection.py`.
+and a pass goes on where the one before it stopped (`rounds.py`). A pass is packed by itself, so an example stands twice
+in a row only where a part is so large, or the data so few, that a pass of some rows needs it twice. The parts are
+`shares.py`, what is read at all is `selection.py`.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from numpy.typing import NDArray
 from megatron_xmtf.config.mixture import Unit
 from megatron_xmtf.config.schema import DatasetConfig
 from megatron_xmtf.data.example_dataset import ExampleDataset
-from megatron_xmtf.data.fitting import FittingExamples
+from megatron_xmtf.data.fitting import FittingExamples, LeftOut
+from megatron_xmtf.data.rounds import Rounds
 from megatron_xmtf.data.shares import Floor, ShareNode, pass_quotas, share_counts, wanted_shares
 from megatron_xmtf.data.tokenizer import Tokenizer
 from megatron_xmtf.errors import ConfigError
 
 __all__ = ["Component", "Mixture", "MixtureDraws", "open_datasets"]
 
+ROWS_OF_A_PASS = 128
+"""Rows that a pass should fill at least: each leaves about half a row empty, 0.4 % of 128."""
 ROUND_STREAM = 1
 """Keeps the random numbers of rounds apart from those of packing, which start from the same seed."""
 
@@ -89,11 +93,20 @@ class Mixture:
     root: ShareNode
     floors: list[Floor]
     unit: Unit
+    left_out: list[LeftOut]
+    """Of each dataset: selected examples that are in no row."""
 
     @property
     def shared(self) -> list[Component]:
         """The components that have a share."""
         return [component for component in self.components if not component.fixed]
+
+    def available(self, num_datasets: int) -> list[int]:
+        """Return the number of examples of each dataset that can be drawn."""
+        counts = [0] * num_datasets
+        for component in self.components:
+            counts[component.dataset] += len(component.examples)
+        return counts
 
     def wanted_shares(self) -> list[float]:
         """Return the part that each component should have of what a pass draws, in the mixture's unit."""
@@ -111,34 +124,40 @@ class Mixture:
 class MixtureDraws:
     """Draws pass after pass.
 
-    Args:    seed: decides the order in which each component's examples are drawn.
+    Args:    capacity: tokens of a row: a pass should fill some rows. seed: decides the order in which each component's
+             examples are drawn.
     """
 
-    def __init__(self, mixture: Mixture, *, seed: int) -> None:
-        self.mixture, self.seed = mixture, seed
-        self.drawn = [0] * len(mixture.components)
+    def __init__(self, mixture: Mixture, *, capacity: int, seed: int) -> None:
+        self.mixture = mixture
+        self._rounds = [
+            Rounds(max(1, len(component.examples)), seed=(seed, ROUND_STREAM, number))
+            for number, component in enumerate(mixture.components)
+        ]
+        shared = mixture.shared
+        tokens = sum(int(one.examples.lengths.sum(dtype=np.int64)) for one in shared)
+        size = sum(len(one.examples) * one.unit_size for one in shared)
+        self._shortest = ROWS_OF_A_PASS * capacity * size / tokens
+
+    @property
+    def drawn(self) -> list[int]:
         """Draws of each component so far."""
+        return [rounds.drawn for rounds in self._rounds]
 
     def next_pass(self) -> list[NDArray[np.int64]] | None:
         """Return the positions drawn of each component's examples, int64; None when `max_epochs` allows no more."""
         counts = self._next_counts()
         if counts is None:
             return None
-        chosen = [
-            _window(len(component.examples), first=first, count=count, seed=(self.seed, ROUND_STREAM, number))
-            for number, (component, first, count) in enumerate(
-                zip(self.mixture.components, self.drawn, counts, strict=True)
-            )
-        ]
-        self.drawn = [before + count for before, count in zip(self.drawn, counts, strict=True)]
-        return chosen
+        return [rounds.draw(count) for rounds, count in zip(self._rounds, counts, strict=True)]
 
     def _next_counts(self) -> list[int] | None:
         shared = self.mixture.shared
         sizes = np.array([component.unit_size for component in shared])
         allowances = np.array([component.allowance for component in shared])
         left = allowances - self.drawn[: len(shared)]
-        examples = pass_quotas(self.mixture.root, left * sizes, self.mixture.floors) / sizes
+        quotas = pass_quotas(self.mixture.root, left * sizes, self.mixture.floors, shortest=self._shortest)
+        examples = quotas / sizes
         total = round(float(examples.sum()))
         if total == 0:
             return None
@@ -147,21 +166,3 @@ class MixtureDraws:
             for count, most in zip(share_counts(total, examples.tolist()), left.tolist(), strict=True)
         ]
         return counts + [len(component.examples) for component in self.mixture.components if component.fixed]
-
-
-def _window(size: int, *, first: int, count: int, seed: tuple[int, ...]) -> NDArray[np.int64]:
-    """Return draws first..first+count-1 of examples that are read round after round, each in a new random order."""
-    parts = [np.zeros(0, np.int64)]
-    end = first + count
-    while first < end:
-        number, begin = divmod(first, size)
-        whole_rounds = (end - first) // size if begin == 0 else 0
-        if whole_rounds:
-            parts.append(np.tile(np.arange(size, dtype=np.int64), whole_rounds))
-            first += whole_rounds * size
-            continue
-        stop = min(size, begin + end - first)
-        drawn = np.random.default_rng((*seed, number)).permutation(size)[begin:stop]
-        parts.append(np.sort(drawn))
-        first += stop - begin
-    return np.concatenate(parts)

@@ -182,7 +182,7 @@ def pack_mixture(
         excluded=[guards.excluded(number, drop=drop) for number in range(len(datasets))] if guards and drop else None,
     )
     rows = _Rows(built, datasets, capacity=sequence_length + 1)
-    draws = MixtureDraws(built, seed=seed)
+    draws = MixtureDraws(built, capacity=sequence_length + 1, seed=seed)
     with Progress("pack", total=rows_needed or 1, unit="rows") as progress:
         while rows.count < (rows_needed or 1):
             chosen = draws.next_pass()
@@ -247,7 +247,8 @@ class _Rows:
         statistics = packing_statistics(
             dataset_statistics(
                 self.datasets,
-                [(one.dataset, one.examples) for one in self.mixture.components],
+                self.mixture.available(len(self.datasets)),
+                self.mixture.left_out,
                 dataset_ids,
                 example_ids,
                 capacity=self.capacity,
@@ -322,7 +323,9 @@ def pack_dataset(
         offsets.append(int(np.searchsorted(ends, used + sequence_length + 1, side="right")))
     drawn = fitting.ids[: offsets[-1]]
     dataset_ids = np.zeros(len(drawn), np.uint16)
-    each = dataset_statistics([dataset], [(0, fitting)], dataset_ids, drawn, capacity=sequence_length + 1)
+    each = dataset_statistics(
+        [dataset], [len(fitting)], [fitting.left_out], dataset_ids, drawn, capacity=sequence_length + 1
+    )
     return PackingIndex(
         row_offsets=np.array(offsets, np.int64),
         dataset_ids=dataset_ids,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["packing_key"]
 
-MIXTURE_VERSION = 2
+MIXTURE_VERSION = 3
 """Part of every packing key: raised by any change that draws other examples for the same mixture and seed."""
 HASH_BLOCK = 1 << 20
 """Lengths hashed at a time."""

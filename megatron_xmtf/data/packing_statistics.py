@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xmtf.data.example_dataset import ExampleDataset
-from megatron_xmtf.data.fitting import FittingExamples
+from megatron_xmtf.data.fitting import LeftOut
 from megatron_xmtf.data.mixture import Component, Mixture
 from megatron_xmtf.data.packing_index import ComponentStatistics, DatasetStatistics, PackingStatistics
 
@@ -20,7 +20,8 @@ BLOCK = 1 << 20
 
 def dataset_statistics(
     datasets: Sequence[ExampleDataset],
-    components: Sequence[tuple[int, FittingExamples]],
+    available: Sequence[int],
+    left_out: Sequence[LeftOut],
     dataset_ids: NDArray[np.uint16],
     example_ids: NDArray[np.integer],
     *,
@@ -28,8 +29,8 @@ def dataset_statistics(
 ) -> list[DatasetStatistics]:
     """Count the segments of each dataset, in time that does not grow with the number of datasets.
 
-    Args:    components: (position of the dataset, its examples that could be drawn). dataset_ids, example_ids:
-             [segments], what is in the rows. capacity: tokens of a row.
+    Args:    available: examples of each dataset that could be drawn. left_out: of each dataset. dataset_ids,
+             example_ids: [segments], what is in the rows. capacity: tokens of a row.
     """
     seen = [np.zeros(len(dataset), np.bool_) for dataset in datasets]
     counts = np.zeros((3, len(datasets)), np.int64)  # segments, tokens, target tokens
@@ -45,10 +46,6 @@ def dataset_statistics(
             counts[1, number] += int(np.minimum(inputs.astype(np.int64) + targets, capacity).sum())
             # The first token of a segment without inputs has nothing before it that could predict it.
             counts[2, number] += int((targets - (inputs == 0)).sum(dtype=np.int64))
-    parts: list[list[FittingExamples]] = [[] for _ in datasets]
-    for number, examples in components:
-        parts[number].append(examples)
-    available = [sum(map(len, own)) for own in parts]
     return [
         {
             "name": dataset.name,
@@ -57,9 +54,9 @@ def dataset_statistics(
             "epochs": int(counts[0, number]) / available[number] if available[number] else 0.0,
             "tokens": int(counts[1, number]),
             "target_tokens": int(counts[2, number]),
-            "dropped": sum(examples.dropped for examples in parts[number]),
-            "truncated": sum(examples.truncated for examples in parts[number]),
-            "empty": sum(examples.empty for examples in parts[number]),
+            "dropped": left_out[number].dropped,
+            "truncated": left_out[number].truncated,
+            "empty": left_out[number].empty,
         }
         for number, dataset in enumerate(datasets)
     ]

@@ -10,7 +10,7 @@ Source:  Shaham et al. 2024 (arXiv 2401.01854), section 4: P = 1 % is 40 of 4,64
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +97,7 @@ def _draw_language(
     chosen = np.zeros(len(document), np.bool_)
     chosen[free[:count]] = True
     return [
-        (pool, replace(pool.examples.only(here), dropped=0, truncated=0, empty=0))
+        (pool, pool.examples.only(here))
         for number, pool in enumerate(pools)
         if len(here := position[chosen & (owner == number)])
     ]

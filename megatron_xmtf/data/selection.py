@@ -11,13 +11,14 @@ document numbers (published without a manifest) are divided by the place of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xmtf.config.mixture import MixtureConfig, SelectionConfig, parse_interval
+from megatron_xmtf.data.best_fit import group
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.errors import ConfigError, DatasetError, nearest_names
 
@@ -30,6 +31,8 @@ __all__ = [
     "select_examples",
     "selected_by_mixture",
 ]
+
+MOST_COMBINATIONS = 1 << 20
 
 
 def scramble(values: NDArray[np.uint64], *, seed: int) -> NDArray[np.uint64]:
@@ -85,10 +88,17 @@ def select_examples(
             others = ~_matching(dataset, column, patterns, what="exclude")
             chosen = others if chosen is None else chosen & others
     if chosen is not None and not chosen.any():
-        kept = {name: getattr(one, name) for one in selections for name in ("where", "exclude") if getattr(one, name)}
+        conditions = [f"documents {split}"] if split is not None else []
+        conditions += [
+            f"{name} {column}: {', '.join(patterns)}"
+            for one in selections
+            for name in ("where", "exclude")
+            for column, patterns in getattr(one, name).items()
+        ]
         raise ConfigError(
-            f"dataset {dataset.name!r} ({dataset.prefix}): none of its {len(dataset):,} examples is left by "
-            f"split={split!r} and {kept or 'no other condition'}; widen the selection or leave the dataset out."
+            f"dataset {dataset.name!r} ({dataset.prefix}): none of its {len(dataset):,} examples is in the selection "
+            f"({'; '.join(conditions)}). Widen it, or leave the dataset out; if the mixture's `validation` holds out "
+            "no document of a dataset as small as this, name the validation datasets in data.validation."
         )
     return chosen
 
@@ -142,14 +152,17 @@ def choose_examples(count: int, wanted: int, *, seed: int) -> NDArray[np.bool_]:
 
 
 def combinations(
-    dataset: ExampleDataset, columns: Sequence[str], within: NDArray[np.bool_] | None
-) -> Mapping[tuple[str, ...], NDArray[np.bool_]]:
-    """Divide the examples by their names in some columns.
+    dataset: ExampleDataset, columns: Sequence[str], examples: NDArray[np.integer]
+) -> dict[tuple[str, ...], NDArray[np.integer]]:
+    """Divide examples by their names in some columns.
 
-    Returns: names, one for each column -> bool [examples]; in the order of the names, combinations that occur only.
+    Args:    examples: int [n], numbers of examples, ascending.
+    Returns: names, one for each column -> positions in `examples`, ascending; in the order of the names, and only
+             combinations that occur.
     Raises:  DatasetError: no such column.
     """
-    codes = np.zeros(len(dataset), np.int64)
+    codes = np.zeros(len(examples), np.uint32)
+    number_of_codes = 1
     for column in columns:
         values = dataset.column(column)
         if values is None:
@@ -157,14 +170,22 @@ def combinations(
                 f"dataset {dataset.name!r} ({dataset.prefix}) has no column {column!r} to be divided by; it has "
                 f"{', '.join(dataset.column_names) or 'none'}. Give the records a field {column!r}."
             )
-        codes = codes * len(dataset.names(column)) + values
-    found = np.unique(codes if within is None else codes[within])
+        codes *= len(dataset.names(column))
+        codes += values[examples]
+        number_of_codes *= len(dataset.names(column))
+    if number_of_codes > MOST_COMBINATIONS:
+        raise ConfigError(
+            f"dataset {dataset.name!r}: {number_of_codes:,} combinations of {', '.join(columns)}; at most "
+            f"{MOST_COMBINATIONS:,} can be told apart. Divide by fewer columns."
+        )
+    positions, ends = group(codes.astype(np.min_scalar_type(number_of_codes)), num_keys=number_of_codes)
     parts = {}
-    for code in found.tolist():
+    for code, (begin, end) in enumerate(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)):
+        if begin == end:
+            continue
         names, rest = [], code
         for column in reversed(columns):
             rest, number = divmod(rest, len(dataset.names(column)))
             names.append(dataset.names(column)[number])
-        mask = codes == code
-        parts[tuple(reversed(names))] = mask if within is None else mask & within
+        parts[tuple(reversed(names))] = positions[begin:end]
     return dict(sorted(parts.items()))

@@ -7,8 +7,8 @@
 
     A 90,000 (cap 30,000), B 10,000 under a group of weight 3; C 5,000 of weight 1     parts 9/16, 3/16, 4/16
 
-A pass is as long as the sizes together, and shorter where that would use a component up: the passes before that hold
-the wanted parts exactly.
+A pass is as long as the sizes together, and shorter where that would draw an example twice (A of 10 with a part of one
+half: 20) or use a component up: repeats come as late as the parts allow, and until something is used up they are exact.
 """
 
 from __future__ import annotations
@@ -90,10 +90,11 @@ def wanted_shares(root: ShareNode, floors: Sequence[Floor] = ()) -> Floats:
     return _raise_to_floors(_fill(root, 1.0, unlimited), floors, unlimited)
 
 
-def pass_quotas(root: ShareNode, limits: Floats, floors: Sequence[Floor] = ()) -> Floats:
+def pass_quotas(root: ShareNode, limits: Floats, floors: Sequence[Floor] = (), *, shortest: float = 0.0) -> Floats:
     """Return how much of each component the next pass draws, in the unit of the sizes.
 
-    Args:    limits: [components], what may still be drawn; inf without `max_epochs`.
+    Args:    limits: [components], what may still be drawn; inf without `max_epochs`. shortest: size that a pass should
+             have although it repeats examples; where a component is used up it ends sooner, though not before 1/64.
     Returns: [components]; all zero when nothing may be drawn any more.
     """
     open_limits = np.where(limits > 0, np.inf, 0.0)
@@ -102,9 +103,11 @@ def pass_quotas(root: ShareNode, limits: Floats, floors: Sequence[Floor] = ()) -
     shares = _raise_to_floors(_fill(root, 1.0, open_limits), floors, open_limits)
     whole = root.counted_size()
     drawn = shares > 0
+    once = np.array([leaf.size for leaf in root.leaves()])[drawn] / shares[drawn]
+    length = min(whole, max(shortest, whole / SHORTEST_PASS, float(once.min())))
     soonest = float(np.min(limits[drawn] / shares[drawn]))
-    if soonest >= whole:
-        return shares * whole
+    if soonest >= length:
+        return shares * length
     length = max(soonest, whole / SHORTEST_PASS)
     return _raise_to_floors(_fill(root, length, limits), floors, limits)
 

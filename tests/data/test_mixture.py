@@ -27,7 +27,7 @@ def build(datasets, **values):
 def drawn(datasets, passes=1, seed=3, **values):
     """Return {component name: (dataset number, ids drawn in each pass)}."""
     built = build(datasets, **values)
-    draws = MixtureDraws(built, seed=seed)
+    draws = MixtureDraws(built, capacity=10**6, seed=seed)  # rows so long that a pass is the whole
     found = {component.name: (component.dataset, []) for component in built.components}
     for _ in range(passes):
         chosen = draws.next_pass()
@@ -260,3 +260,17 @@ def test_a_dataset_divided_by_the_column_of_a_floor_names_it_once():
     data = dataset("a", ["en"] * 64 + ["sw"] * 16)
     entries = [{"prefix": "a", "by": "language"}]
     assert list(counts([data], floors={"language": 0.1}, entries=entries)) == ["a[en]", "a[sw]"]
+
+
+def test_repeats_come_late_and_never_meet_in_a_row():
+    """A tenth of the data with half of the mixture: an example of it comes back only after all others of it."""
+    datasets = [random_dataset("small", 2_000, seed=1), random_dataset("large", 20_000, seed=2)]
+    half = mixture(entries=[{"prefix": "small", "weight": 1}, {"prefix": "large", "weight": 1}])
+    index = pack_mixture(datasets, mixture=half, sequence_length=31, rows_needed=6_000, seed=1)
+    keys = index.dataset_ids.astype(np.int64) * 10**6 + index.example_ids
+    rows = np.repeat(np.arange(len(index)), np.diff(index.row_offsets))
+    assert len(np.unique(np.stack([rows, keys]), axis=1).T) == len(keys)
+    small = index.example_ids[index.dataset_ids == 0]
+    assert len(small) > 4_000 and len(np.unique(small[:2_000])) == 2_000
+    assert index.statistics["datasets"][1]["repeats"] == 0
+    assert index.statistics["fill_fraction"] > 0.99

@@ -71,10 +71,19 @@ def test_a_cap_on_a_group_bounds_the_group():
 def test_a_pass_stops_where_a_component_is_used_up():
     root = group(leaf(100, weight=1), leaf(900, weight=1))
     # Equal parts, but the first has 150 draws left: the pass is 300 long and holds the wanted parts.
-    assert pass_quotas(root, np.array([150.0, np.inf])).tolist() == pytest.approx([150, 150])
+    assert pass_quotas(root, np.array([150.0, np.inf]), shortest=600).tolist() == pytest.approx([150, 150])
     # Used up: the other takes all.
-    assert pass_quotas(root, np.array([0.0, np.inf])).tolist() == pytest.approx([0, 1000])
+    assert pass_quotas(root, np.array([0.0, np.inf])).tolist() == pytest.approx([0, 900])
     assert pass_quotas(root, np.array([0.0, 0.0])).tolist() == [0, 0]
+
+
+def test_a_pass_stops_before_an_example_comes_twice():
+    root = group(leaf(100, weight=1), leaf(900, weight=1))
+    everything = np.array([np.inf, np.inf])
+    assert pass_quotas(root, everything).tolist() == pytest.approx([100, 100])
+    # Too few to fill some rows: then some come twice.
+    assert pass_quotas(root, everything, shortest=600).tolist() == pytest.approx([300, 300])
+    assert pass_quotas(root, everything, shortest=9999).tolist() == pytest.approx([500, 500])
 
 
 def test_what_one_cannot_take_goes_to_its_nearest_relatives():
@@ -146,4 +155,5 @@ def test_quotas_stay_within_limits_and_groups_keep_their_parts(root, data):
     shares = wanted_shares(root)
     assert shares.sum() == pytest.approx(1)
     if np.isinf(limits).all():
-        assert quotas == pytest.approx(shares * whole)
+        assert quotas / quotas.sum() == pytest.approx(shares)
+        assert pass_quotas(root, limits, shortest=whole) == pytest.approx(shares * whole)
