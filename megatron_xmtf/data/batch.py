@@ -8,6 +8,7 @@
     position_ids   0    1    2    3    0    1    2
     labels         7    8    2    4    5    2    0      next token
     predicted      0    1    1    0    1    1    0      the label is a target of the same segment
+    loss_positions      1    2         4    5           where it is, row by row of [sequence, micro_batch]
 
     normalization                    loss_weights of the predicted    num_loss_units   meaning of one unit
     target_token                      1    1    .    1    1            4               a target token
@@ -45,7 +46,7 @@ LossNormalization = Literal["target_token", "target_sequence", "target_sequence_
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch; every tensor is [micro_batch, sequence], on CPU until `to` moves it."""
+    """One micro-batch; tensors are [micro_batch, sequence] where nothing else is said, on CPU until `to` moves them."""
 
     tokens: torch.Tensor
     """int64, what the model reads."""
@@ -57,6 +58,9 @@ class Batch:
     """int64, 1, 2, 3... within a row; 0 is padding. A token sees its own segment only."""
     loss_weights: torch.Tensor
     """float32, weight of each label; 0 on inputs, padding and where the label is of another segment."""
+    loss_positions: torch.Tensor
+    """int64 [num_target_tokens], increasing: the positions with a weight, counted in [sequence, micro_batch], as the
+    model's hidden states lie: position t of row r is t * micro_batch + r. The head is computed for these alone."""
     num_loss_units: int
     """What the sum of weighted losses is divided by, once summed over the global batch."""
     num_examples: int
@@ -75,6 +79,7 @@ class Batch:
             position_ids=self.position_ids.to(device, non_blocking=True),
             segment_ids=self.segment_ids.to(device, non_blocking=True),
             loss_weights=self.loss_weights.to(device, non_blocking=True),
+            loss_positions=self.loss_positions.to(device, non_blocking=True),
         )
 
 
@@ -97,6 +102,7 @@ def build_batch(rows: Sequence[Row], *, normalization: LossNormalization) -> Bat
         position_ids=torch.from_numpy(_positions(segment_ids)),
         segment_ids=torch.from_numpy(np.ascontiguousarray(segment_ids)),
         loss_weights=torch.from_numpy(loss_weights),
+        loss_positions=torch.from_numpy(np.flatnonzero(predicted.T)),
         num_loss_units=num_loss_units,
         num_examples=sum(len(row.example_ids) for row in rows),
         num_tokens=int(np.count_nonzero(segment_ids)),

@@ -1,7 +1,7 @@
 """BLOOM on Megatron-Core's layers: ALiBi, LayerNorm after the embedding, output layer tied over the pipeline.
 
     tokens [b, s] -> embedding [s, b, h] -> LayerNorm -> num_layers x (attention, feed-forward) -> LayerNorm
-           -> logits [s, b, vocab / tp] with the embedding's own weight
+           -> losses, or logits [s, b, vocab / tp], with the embedding's own weight (`head.py`)
 
 Megatron-Core's fused QKV rows are [heads, 3, head_dim], the same as BLOOM's in `transformers`.
 Source:  Le Scao et al. 2022, "BLOOM: A 176B-Parameter Open-Access Multilingual Language Model", section 3.2.
@@ -34,13 +34,10 @@ from megatron_xmtf.kernels.packed_attention import PackedAttention
 from megatron_xmtf.kernels.packed_attention.reference import alibi_slopes, packed_bias
 from megatron_xmtf.models.architecture import BloomArchitecture
 from megatron_xmtf.models.attention import PackedCoreAttention
+from megatron_xmtf.models.head import VocabularyHead
 from megatron_xmtf.models.norm import LayerNorm
 
 __all__ = ["BloomModel"]
-
-PADDED_LOGIT = -60000.0
-"""Logit of vocabulary rows that exist for divisibility alone: exp of it is 0 in fp32, fp16 can hold it (to -65504), and
--inf - -inf would be NaN."""
 
 
 class BloomEmbedding(MegatronModule):
@@ -105,16 +102,7 @@ class BloomModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
-                config.hidden_size,
-                architecture.padded_vocab_size,
-                config=config,
-                init_method=config.init_method,
-                bias=False,
-                skip_bias_add=False,
-                gather_output=False,
-                skip_weight_param_allocation=pre_process,
-            )
+            self.output_layer = VocabularyHead(config, architecture, has_weight=not pre_process)
         self.setup_embeddings_and_output_layer()
 
     def _local_slopes(self) -> Tensor:
@@ -129,12 +117,19 @@ class BloomModel(LanguageModule):
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.decoder.set_input_tensor(tensor)
 
-    def forward(self, tokens: Tensor, segment_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        segment_ids: Tensor,
+        labels: Tensor | None = None,
+        loss_positions: Tensor | None = None,
+    ) -> Tensor:
         """Run this chunk.
 
         Args:    tokens, segment_ids: int64 [b, s]. labels: int64 [b, s], or None for logits.
+                 loss_positions: int64 [n], of [s, b] flattened, where a loss is computed; None: everywhere.
         Returns: hidden states [s, b, h] on inner stages ([s / tp, b, h] under sequence parallelism); on the last
-                 stage fp32 losses [b, s] with labels, logits [b, s, vocab / tp] without.
+                 stage fp32 losses [b, s] with labels (0 where none is computed), logits [b, s, vocab / tp] without.
         """
         hidden = self.embedding(tokens) if self.pre_process else None
         hidden = self.decoder(
@@ -144,24 +139,8 @@ class BloomModel(LanguageModule):
         )
         if not self.post_process:
             return hidden
-        weight = self.shared_embedding_or_output_weight() if self.pre_process else None
-        logits, _ = self.output_layer(hidden, weight=weight)
-        logits = self._without_padded_words(logits)
-        if labels is None:
-            return logits.transpose(0, 1).contiguous()
-        losses: Tensor = self.compute_language_model_loss(labels, logits.float())
-        return losses
-
-    def _without_padded_words(self, logits: Tensor) -> Tensor:
-        """Take all probability from the padded rows of the vocabulary; only the last ranks hold any.
-
-        Args:    logits: [s, b, vocab / tp].
-        """
-        first = parallel_state.get_tensor_model_parallel_rank() * logits.size(-1)
-        real = max(0, min(logits.size(-1), self.architecture.vocab_size - first))
-        if real == logits.size(-1):
-            return logits
-        return torch.nn.functional.pad(logits[..., :real], (0, logits.size(-1) - real), value=PADDED_LOGIT)
+        output: Tensor = self.output_layer(hidden, self.shared_embedding_or_output_weight(), labels, loss_positions)
+        return output
 
 
 def block_spec(

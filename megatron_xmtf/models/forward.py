@@ -30,13 +30,14 @@ def device_of(chunks: Sequence[torch.nn.Module]) -> torch.device:
 def forward_chunk(
     batches: Iterator[Batch], chunk: torch.nn.Module, *, with_labels: bool = True
 ) -> tuple[Tensor, Batch]:
-    """Draw the next micro-batch and run it through one chunk.
+    """Draw the next micro-batch and run it through one chunk; losses are computed where the batch has one.
 
     Returns: the chunk's output (losses, logits or hidden states, see `BloomModel.forward`) and the batch it read.
     """
     batch = next(batches).to(next(chunk.parameters()).device)
-    output = chunk(batch.tokens, batch.segment_ids, batch.labels if with_labels else None)
-    return output, batch
+    if with_labels:
+        return chunk(batch.tokens, batch.segment_ids, batch.labels, batch.loss_positions), batch
+    return chunk(batch.tokens, batch.segment_ids), batch
 
 
 def chunk_iterators(batches: Sequence[Batch], chunks: Sequence[torch.nn.Module]) -> list[Iterator[Batch]]:
@@ -47,13 +48,13 @@ def chunk_iterators(batches: Sequence[Batch], chunks: Sequence[torch.nn.Module])
 def run_forward(
     chunks: Sequence[torch.nn.Module], batches: Sequence[Batch], reduce: Callable[[Batch, Tensor], Any]
 ) -> list[Any]:
-    """Compute the loss of every position, without gradients, and return `reduce` of each batch on every rank.
+    """Compute the loss of every target token, without gradients, and return `reduce` of each batch on every rank.
 
     Batches are dealt to the data-parallel ranks; results come back in the order of `batches`.
 
     Args:    chunks: of `build_model`. batches: all of one shape [micro_batch, sequence], the same on every rank.
-             reduce: called on the last pipeline stage with the batch and its fp32 losses [micro_batch, sequence];
-             what it returns is pickled to the other ranks.
+             reduce: called on the last pipeline stage with the batch and its fp32 losses [micro_batch, sequence],
+             0 where `loss_weights` is 0; what it returns is pickled to the other ranks.
     """
     return _run(chunks, batches, reduce, with_labels=True)
 
