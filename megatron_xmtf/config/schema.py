@@ -181,6 +181,14 @@ class ParallelConfig(Section):
     """Pipeline stages."""
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
     """Model chunks per pipeline stage (interleaved schedule). None: one chunk, plain 1F1B."""
+    account_for_embedding_in_pipeline_split: bool = False
+    """Count the embedding as one layer of the first stage. BLOOM-176B: 70 layers + embedding + head = 72 stages."""
+    account_for_loss_in_pipeline_split: bool = False
+    """Count the output layer and its loss as one layer of the last stage."""
+    num_layers_in_first_pipeline_stage: PositiveInt | None = None
+    """Layers of the first stage; the others share the rest evenly. Not with the two settings above."""
+    num_layers_in_last_pipeline_stage: PositiveInt | None = None
+    """The same of the last stage."""
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor-parallel ranks along the sequence; needs tp > 1."""
     use_distributed_optimizer: bool = False
@@ -191,6 +199,17 @@ class ParallelConfig(Section):
     """Gather updated parameters while the next forward pass runs; needs the two settings above."""
     distributed_timeout_minutes: PositiveInt = 10
     """A collective that waits longer than this ends the run."""
+
+    @model_validator(mode="after")
+    def _one_split(self) -> ParallelConfig:
+        counted = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+        given = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+        uneven = [key for key in counted + given if getattr(self, key)]
+        if uneven and self.pipeline_model_parallel_size == 1:
+            raise ValueError(f"{uneven[0]} needs pipeline_model_parallel_size > 1; it is 1")
+        if any(key in counted for key in uneven) and any(key in given for key in uneven):
+            raise ValueError(f"{uneven[0]} and {uneven[-1]} cannot be combined: layers are counted or given")
+        return self
 
 
 class BatchConfig(Section):

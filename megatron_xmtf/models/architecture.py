@@ -53,19 +53,74 @@ class BloomArchitecture:
 
         Raises:  ConfigError: heads, vocabulary or layers do not divide; names the values and what would.
         """
-        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        tp = parallel.tensor_model_parallel_size
         for what, size in (("attention heads", self.num_attention_heads), ("vocabulary rows", self.padded_vocab_size)):
             if size % tp:
                 raise ConfigError(
                     f"tensor_model_parallel_size={tp} does not divide the model's {size} {what}; "
                     f"use one of {divisors(size, limit=64)}."
                 )
-        chunks = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
-        if self.num_layers % chunks:
+        self.chunk_layers(parallel)
+
+    def chunk_layers(self, parallel: ParallelConfig) -> list[list[int]]:
+        """Return how many layers each model chunk of each pipeline stage holds.
+
+            70 layers, 72 stages, embedding and loss counted    [[0], [1], [1], ... [1], [0]]
+            4 layers, 2 stages, 1 given in the first            [[1], [3]]
+            8 layers, 2 stages of 2 chunks                      [[2, 2], [2, 2]]
+
+        Raises:  ConfigError: the layers do not divide; names the values and what would.
+        """
+        stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+        first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+        if first is not None or last is not None:
+            return [[count // chunks] * chunks for count in self._given_layers(stages, chunks, first, last)]
+        embedding, loss = parallel.account_for_embedding_in_pipeline_split, parallel.account_for_loss_in_pipeline_split
+        counted = self.num_layers + embedding + loss
+        if counted % (stages * chunks):
+            layers = f"{self.num_layers} layers"
+            if counted > self.num_layers:
+                layers += f" + {counted - self.num_layers} for embedding and loss = {counted}"
             raise ConfigError(
-                f"pipeline_model_parallel_size x virtual_pipeline_model_parallel_size = {chunks} does not divide the "
-                f"model's {self.num_layers} layers; use one of {divisors(self.num_layers, limit=self.num_layers)}."
+                f"pipeline_model_parallel_size x virtual_pipeline_model_parallel_size = {stages * chunks} does not "
+                f"divide the model's {layers}; use one of {divisors(counted, limit=counted)}."
             )
+        split = [[counted // (stages * chunks)] * chunks for _ in range(stages)]
+        split[0][0] -= embedding
+        split[-1][-1] -= loss
+        return split
+
+    def _given_layers(self, stages: int, chunks: int, first: int | None, last: int | None) -> list[int]:
+        """Return the layers of each stage when those of the first, the last or both are given."""
+        given = (first or 0) + (last or 0)
+        left = stages - (first is not None) - (last is not None)
+        rest = self.num_layers - given
+        # Without stages between the two, they must hold everything: Megatron-Core would leave the rest out.
+        if rest < 0 or (rest % left or rest == 0 if left else rest != 0):
+            raise ConfigError(
+                f"num_layers_in_first_pipeline_stage={first} and num_layers_in_last_pipeline_stage={last} leave {rest} "
+                f"of the model's {self.num_layers} layers to {left} stages, which must share them evenly."
+            )
+        split = [rest // left if left else 0] * stages
+        if first is not None:
+            split[0] = first
+        if last is not None:
+            split[-1] = last
+        if any(count % chunks for count in split):
+            raise ConfigError(
+                f"stages of {', '.join(map(str, sorted(set(split))))} layers cannot be cut into "
+                f"virtual_pipeline_model_parallel_size={chunks} chunks of the same size."
+            )
+        return split
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters of the whole model, tied and unpadded, as the Hugging Face model has them.
+
+        vocab h (embedding) + 2h (its norm) + layers (12 h^2 + 13 h) + 2h (last norm); BLOOM-176B: 176,247,271,424.
+        """
+        hidden = self.hidden_size
+        return self.vocab_size * hidden + self.num_layers * (12 * hidden**2 + 13 * hidden) + 4 * hidden
 
 
 def divisors(number: int, *, limit: int) -> list[int]:

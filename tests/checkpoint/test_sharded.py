@@ -37,6 +37,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP1-PP1-DP2": (2, {"use_distributed_optimizer": True}),
     "TP4": (4, {TP: 4, "use_distributed_optimizer": True}),
     "PP4": (4, {PP: 4, "use_distributed_optimizer": True}),
+    "PP6-counted": (
+        6,  # stages of 0, 1, 1, 1, 1, 0 layers
+        {
+            PP: 6,
+            "account_for_embedding_in_pipeline_split": True,
+            "account_for_loss_in_pipeline_split": True,
+            "use_distributed_optimizer": True,
+        },
+    ),
     "PP2-VPP2-SP": (
         4,
         {
@@ -90,6 +99,10 @@ def test_the_curve_goes_on_at_another_layout(name: str, whole: Any, tmp_path: Pa
     for step in range(STOP + 1, STEPS + 1):
         assert metrics[step]["loss"] == pytest.approx(whole[2][step]["loss"], rel=TOLERANCE), f"step {step}"
         assert metrics[step]["grad_norm"] == pytest.approx(whole[2][step]["grad_norm"], rel=10 * TOLERANCE)
+    finished = f"checkpoints/step_{STEPS:07d}"
+    ours, theirs = read_tensors(Path(config.output) / finished), read_tensors(Path(whole[1].output) / finished)
+    shapes = [{name: t.shape for name, t in tensors.items() if "rng" not in name} for tensors in (ours, theirs)]
+    assert shapes[0] == shapes[1], "a checkpoint does not show the layout that wrote it"
 
 
 def test_the_same_layout_is_bit_identical(whole: Any, tmp_path: Path) -> None:

@@ -165,3 +165,81 @@ def test_vocabulary_rows_must_divide_too() -> None:
     architecture = BloomArchitecture(hidden_size=60, num_layers=2, num_attention_heads=10, vocab_size=300)
     with pytest.raises(ConfigError, match="=5 does not divide the model's 384 vocabulary rows"):
         architecture.check_split(ParallelConfig(tensor_model_parallel_size=5))
+
+
+COUNTED = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
+PP, VPP = "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
+FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
+
+
+@pytest.mark.parametrize(
+    ("layers", "sizes", "split"),
+    [
+        (4, {}, [[4]]),
+        (8, {PP: 2, VPP: 2}, [[2, 2], [2, 2]]),
+        (70, {PP: 72, **COUNTED}, [[0], *[[1]] * 70, [0]]),
+        (70, {PP: 12, **COUNTED}, [[5], *[[6]] * 10, [5]]),
+        (4, {PP: 2, VPP: 3, **COUNTED}, [[0, 1, 1], [1, 1, 0]]),
+        (7, {PP: 4, "account_for_loss_in_pipeline_split": True}, [[2], [2], [2], [1]]),
+        (7, {PP: 2, "account_for_embedding_in_pipeline_split": True}, [[3], [4]]),
+        (4, {PP: 2, FIRST: 1, LAST: 3}, [[1], [3]]),
+        (7, {PP: 3, FIRST: 1}, [[1], [3], [3]]),
+        (10, {PP: 4, FIRST: 2, LAST: 2, VPP: 1}, [[2], [3], [3], [2]]),
+        (12, {PP: 4, LAST: 6, VPP: 2}, [[1, 1], [1, 1], [1, 1], [3, 3]]),
+    ],
+)
+def test_layers_are_dealt_as_megatron_core_deals_them(
+    layers: int, sizes: dict[str, Any], split: list[list[int]]
+) -> None:
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    from megatron_xmtf.models.registry import transformer_config
+
+    architecture = BloomArchitecture(hidden_size=64, num_layers=layers, num_attention_heads=4, vocab_size=300)
+    parallel = ParallelConfig(**sizes)
+    assert architecture.chunk_layers(parallel) == split
+    config = transformer_config(architecture, parallel=parallel, precision="fp32")
+    for stage, chunks in enumerate(split):
+        for chunk, count in enumerate(chunks):
+            vp_stage = None if parallel.virtual_pipeline_model_parallel_size is None else chunk
+            assert get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=stage) == count
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            {PP: 70, **COUNTED},
+            r"= 70 does not divide the model's 70 layers \+ 2 for embedding and loss = 72; use one of",
+        ),
+        ({PP: 72}, "= 72 does not divide the model's 70 layers; use one of"),
+        ({PP: 2, FIRST: 30, LAST: 30}, "leave 10 of the model's 70 layers to 0 stages"),
+        ({PP: 4, FIRST: 35, LAST: 35}, "leave 0 of the model's 70 layers to 2 stages"),
+        ({PP: 3, FIRST: 71}, "leave -1 of the model's 70 layers to 2 stages"),
+        ({PP: 4, FIRST: 9}, "leave 61 of the model's 70 layers to 3 stages, which must share them evenly"),
+        ({PP: 2, FIRST: 35, VPP: 2}, "stages of 35 layers cannot be cut into virtual_pipeline_model_parallel_size=2"),
+    ],
+)
+def test_an_uneven_split_that_does_not_come_out_is_refused(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        split(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (COUNTED, "needs pipeline_model_parallel_size > 1; it is 1"),
+        ({PP: 4, FIRST: 1, **COUNTED}, "cannot be combined"),
+    ],
+)
+def test_keys_of_uneven_splits_that_contradict_each_other_are_refused(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ParallelConfig(**sizes)
+
+
+def test_parameters_are_counted_as_published() -> None:
+    # The model card of bigscience/bloom: "176,247,271,424 parameters".
+    bloom = BloomArchitecture(hidden_size=14336, num_layers=70, num_attention_heads=112, vocab_size=250880)
+    assert bloom.parameter_count == 176_247_271_424
+    # bigscience/bloom-560m: 559,214,592.
+    assert architecture_from_hf(BLOOM_560M).parameter_count == 559_214_592

@@ -93,7 +93,7 @@ def worst(gradients: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("normalization", ["target_token", "target_sequence"])
-@pytest.mark.parametrize("name", ["TP1", "TP2-PP2", "DP2", "TP2-SP"])
+@pytest.mark.parametrize("name", ["TP1", "TP2-PP2", "DP2", "TP2-SP", "PP6-counted"])
 def test_packed_gradients_equal_transformers(
     name: str, normalization: str, tiny_hf: Path, run_config: Callable[..., RunConfig]
 ) -> None:
