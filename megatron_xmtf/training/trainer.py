@@ -35,6 +35,7 @@ from megatron_xmtf.models.registry import build_model
 from megatron_xmtf.parallel.topology import Topology, destroy_parallel, initialize_parallel
 from megatron_xmtf.training.group_losses import GroupLosses
 from megatron_xmtf.training.loss import micro_batch_loss
+from megatron_xmtf.training.loss_scale import OverflowWatch
 from megatron_xmtf.training.metrics import StepRates
 from megatron_xmtf.training.optimizer import apply_settings, build_optimizer, set_learning_rate
 from megatron_xmtf.training.prepare import PreparedRun, open_training_rows, open_validation_rows
@@ -104,6 +105,7 @@ class Trainer:
         self.validation = validation_batches_by_name(self.config, measured)
         # what is seen of it
         self.group_losses = GroupLosses(rows.datasets)
+        self.overflows = OverflowWatch(enabled=topology.rank == 0)
         self.rates = StepRates(
             prepared.architecture,
             sequence_length=self.config.batch.sequence_length,
@@ -158,6 +160,7 @@ class Trainer:
         device = device_of(self.chunks)
         loss, counts = step_totals(reports, batches, device=device)
         self.group_losses.finish_step()
+        self.overflows.after_step(self.step, skipped=not updated, loss_scale=loss_scale)
         norm = None if grad_norm is None else float(grad_norm)
         if not math.isfinite(loss) or (updated and norm is not None and not math.isfinite(norm)):
             raise NonFiniteError(

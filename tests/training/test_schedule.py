@@ -1,23 +1,29 @@
-"""Learning rates computed by hand."""
+"""Learning rates computed by hand, and those of `transformers` where it has the schedule."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from megatron_xmtf.config import RunConfig, config_from_mapping
+from megatron_xmtf.errors import ConfigError
 from megatron_xmtf.training.schedule import learning_rate
 
 
-def run(lr: float = 1.0, **schedule: Any) -> RunConfig:
+def run(lr: float = 1.0, *, batch: int = 2048, **schedule: Any) -> RunConfig:
+    length = {} if "train_rows" in schedule else {"train_steps": 10}
     values = {
         "model": "m",
         "output": "o",
         "data": {"train": [{"prefix": "p"}]},
+        "batch": {"global_batch_size": batch},
         "optimizer": {"lr": lr},
-        "schedule": {"train_steps": 10, **schedule},
+        "schedule": {**length, **schedule},
     }
     return config_from_mapping(values, RunConfig, source="test")
 
@@ -50,18 +56,111 @@ def test_cosine() -> None:
     assert found[9] == pytest.approx(0.0, abs=1e-12)
 
 
+def test_inverse_square_root() -> None:
+    config = run(train_steps=16, lr_warmup_steps=4, lr_decay_style="inverse_square_root")
+    found = rates(config)
+    assert found[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert found[8] == pytest.approx(2 / 3)  # step 9: sqrt(4 / 9)
+    assert found[15] == pytest.approx(0.5)  # step 16: sqrt(4 / 16)
+    assert learning_rate(config, 400) == pytest.approx(0.1)
+    floored = run(train_steps=16, lr_warmup_steps=4, lr_decay_style="inverse_square_root", min_lr=0.6)
+    assert rates(floored)[8:] == pytest.approx([2 / 3, math.sqrt(0.4), math.sqrt(4 / 11), *[0.6] * 5])
+
+
+@pytest.mark.parametrize(
+    ("shape", "decay"),
+    [
+        # a quarter, a half, three quarters, all of the way from 1 to 0.2
+        ("linear", [0.8, 0.6, 0.4, 0.2]),
+        ("cosine", [0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5), 0.2]),
+        ("minus_sqrt", [0.6, 1 - 0.8 * math.sqrt(0.5), 1 - 0.8 * math.sqrt(0.75), 0.2]),
+        ("exponential", [0.2 + 0.8 * (2 * 0.5**q - 1) for q in (0.25, 0.5, 0.75, 1)]),
+    ],
+)
+def test_wsd(shape: str, decay: list[float]) -> None:
+    config = run(lr_decay_style="wsd", lr_warmup_steps=2, lr_wsd_decay_steps=4, lr_wsd_decay_style=shape, min_lr=0.2)
+    assert rates(config) == pytest.approx([0.5, 1, 1, 1, 1, 1, *decay])
+
+
+@pytest.mark.parametrize("length", [{"lr_wsd_decay_rows": 32}, {"lr_wsd_decay_fraction": 0.4}])
+def test_the_decay_of_wsd_in_rows_and_as_a_share(length: dict[str, Any]) -> None:
+    wanted = rates(run(batch=8, lr_decay_style="wsd", lr_wsd_decay_steps=4))
+    assert rates(run(batch=8, lr_decay_style="wsd", **length)) == pytest.approx(wanted)
+
+
 def test_a_run_that_is_all_warm_up() -> None:
     assert rates(run(lr_warmup_steps=10, lr_decay_style="linear")) == pytest.approx([i / 10 for i in range(1, 11)])
 
 
-def test_a_rate_past_the_end_stays_at_the_floor() -> None:
-    for style in ("linear", "cosine"):
-        assert learning_rate(run(lr_decay_style=style, min_lr=0.1), 50) == pytest.approx(0.1)
+@pytest.mark.parametrize("more", [{}, {"lr_wsd_decay_fraction": 0.5}])
+def test_a_rate_past_the_end_stays_at_the_floor(more: dict[str, Any]) -> None:
+    for style in ("wsd",) if more else ("linear", "cosine"):
+        assert learning_rate(run(lr_decay_style=style, min_lr=0.1, **more), 50) == pytest.approx(0.1)
 
 
 def test_rows_count_like_steps() -> None:
-    values = run(lr_decay_style="linear").model_dump(mode="json")
-    values["schedule"] = {"train_rows": 80, "lr_decay_style": "linear"}
-    values["batch"]["global_batch_size"] = 8
-    config = config_from_mapping(values, RunConfig, source="test")
-    assert rates(config) == pytest.approx(rates(run(lr_decay_style="linear")))
+    wanted = rates(run(lr_decay_style="linear"))
+    assert rates(run(train_rows=80, batch=8, lr_decay_style="linear")) == pytest.approx(wanted)
+
+
+def test_warm_up_in_rows_need_not_end_with_a_step() -> None:
+    # 8 rows a step: 8/20, 16/20, then the peak is passed within the third step.
+    config = run(train_rows=80, batch=8, lr_warmup_rows=20, lr_decay_style="linear")
+    assert rates(config) == pytest.approx([0.4, 0.8, *[(80 - n) / 60 for n in range(24, 81, 8)]])
+    assert rates(run(batch=8, lr_warmup_rows=16)) == rates(run(batch=8, lr_warmup_steps=2))
+
+
+STEPS, WARMUP, DECAY, PEAK = 40, 6, 10, 3e-4
+
+
+def huggingface(get: Callable[..., Any], **settings: Any) -> list[float]:
+    """Return the rates of steps 1, 2 ...; a schedule of `transformers` begins with that of step 0."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    scheduler = get(optimizer, **settings)
+    found = []
+    for _ in range(STEPS):
+        optimizer.step()
+        scheduler.step()
+        found.append(scheduler.get_last_lr()[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ours", "get", "theirs"),
+    [
+        ({}, transformers.get_constant_schedule_with_warmup, {}),
+        ({"lr_decay_style": "linear"}, transformers.get_linear_schedule_with_warmup, {"num_training_steps": STEPS}),
+        ({"lr_decay_style": "cosine"}, transformers.get_cosine_schedule_with_warmup, {"num_training_steps": STEPS}),
+        ({"lr_decay_style": "inverse_square_root"}, transformers.get_inverse_sqrt_schedule, {}),
+        *[
+            (
+                {"lr_decay_style": "wsd", "lr_wsd_decay_steps": DECAY, "lr_wsd_decay_style": shape},
+                transformers.get_wsd_schedule,
+                {"num_decay_steps": DECAY, "num_training_steps": STEPS, "decay_type": theirs},
+            )
+            for shape, theirs in (("linear", "linear"), ("cosine", "cosine"), ("minus_sqrt", "1-sqrt"))
+        ],
+    ],
+    ids=["constant", "linear", "cosine", "inverse_square_root", "wsd-linear", "wsd-cosine", "wsd-minus_sqrt"],
+)
+def test_equals_transformers(ours: dict[str, Any], get: Callable[..., Any], theirs: dict[str, Any]) -> None:
+    config = run(PEAK, train_steps=STEPS, lr_warmup_steps=WARMUP, **ours)
+    expected = huggingface(get, num_warmup_steps=WARMUP, **theirs)
+    assert rates(config) == pytest.approx(expected, rel=1e-12, abs=1e-18)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ({"lr_decay_style": "wsd"}, "needs exactly one of .* given: none"),
+        ({"lr_decay_style": "wsd", "lr_wsd_decay_steps": 2, "lr_wsd_decay_fraction": 0.1}, "needs exactly one of"),
+        ({"lr_decay_style": "linear", "lr_wsd_decay_steps": 2}, "lr_wsd_decay_steps needs lr_decay_style=wsd"),
+        ({"lr_decay_style": "inverse_square_root"}, "give schedule.lr_warmup_steps"),
+        ({"lr_warmup_steps": 2, "lr_warmup_rows": 8}, "give one of schedule.lr_warmup_steps=2"),
+        ({"lr_decay_style": "wsd", "lr_warmup_steps": 7, "lr_wsd_decay_steps": 4}, "warm-up and decay"),
+        ({"lr_warmup_rows": 10 * 2048 + 1}, "warm-up and decay"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(schedule: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run(**schedule)
