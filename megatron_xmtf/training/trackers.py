@@ -117,8 +117,9 @@ class WeightsAndBiases:
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.errors.Error as error:
+            reason = str(error).rstrip(".")
             raise ConfigError(
-                f"Weights & Biases takes no run of logging.wandb.project={config.project!r}: {error}. Log in with "
+                f"Weights & Biases takes no run of logging.wandb.project={config.project!r}: {reason}. Log in with "
                 "`wandb login`, or set logging.wandb.mode=offline and synchronise later."
             ) from error
         self._run.define_metric("step")

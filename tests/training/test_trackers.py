@@ -121,6 +121,21 @@ def test_another_project_is_another_run(tmp_path: Path, wandb: Any) -> None:
     assert sorted(codes) == [0, 0, 1]
 
 
+def rank_opens_online(output: Path) -> None:
+    WeightsAndBiases(OFFLINE.model_copy(update={"mode": "online"}), output=output, run_config={})
+
+
+def test_online_without_a_login_is_refused(tmp_path: Path, wandb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_CONFIG_DIR", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(
+        ConfigError, match=r"'multilingual'.*`wandb login`, or set logging\.wandb\.mode=offline"
+    ):
+        run_ranks(rank_opens_online, world_size=1, arguments=(tmp_path,))
+    assert not (tmp_path / "wandb.json").exists()
+
+
 def test_a_resumed_run_goes_on_in_both(
     run_config: Callable[..., RunConfig], tiny_pairs: Path, tmp_path: Path, wandb: Any
 ) -> None:
