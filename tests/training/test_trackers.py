@@ -129,9 +129,7 @@ def test_online_without_a_login_is_refused(tmp_path: Path, wandb: Any, monkeypat
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_API_KEY", "WANDB_CONFIG_DIR", "NETRC"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(
-        ConfigError, match=r"'multilingual'.*`wandb login`, or set logging\.wandb\.mode=offline"
-    ):
+    with pytest.raises(ConfigError, match=r"'multilingual'.*`wandb login`, or set logging\.wandb\.mode=offline"):
         run_ranks(rank_opens_online, world_size=1, arguments=(tmp_path,))
     assert not (tmp_path / "wandb.json").exists()
 
