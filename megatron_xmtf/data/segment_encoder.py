@@ -35,6 +35,8 @@ ENTRY_BYTES = 104
 """A dict entry: 24 bytes, its share of an index that is at most two thirds full, and room to grow by doubling."""
 ANCHOR = "a"
 """A word before a segment that is encoded by itself, where the start of a text differs from other places."""
+BATCH_TEXTS = 32
+"""Texts whose unknown segments are encoded at once: few, so that a row under its next template is known."""
 WHOLE_TEXT_CHARACTERS = 256
 """Longest text that is remembered where texts are not cut."""
 COMBINING_FROM = "\u0300"
@@ -115,6 +117,12 @@ class SegmentEncoder:
         self._forget_old()
         if self._rule is None:
             return self._encode_uncut([prefix + text for text in texts])
+        encoded: list[bytes] = []
+        for first in range(0, len(texts), BATCH_TEXTS):
+            encoded += self._encode_batch(texts[first : first + BATCH_TEXTS], prefix)
+        return encoded
+
+    def _encode_batch(self, texts: Sequence[str], prefix: str) -> list[bytes]:
         head_ids = self._starts.setdefault(prefix, _Start()).heads.young.get
         word_ids = self._words.young.get
         encoded: list[bytes] = []
