@@ -22,7 +22,8 @@ HELP = "Render rows of a dataset with prompt templates into prompted records (js
 EXAMPLE = """  xmtf render --source val.et.jsonl val.sw.jsonl --templates xcopa.yaml --split val --output xcopa.jsonl
   xmtf render --source train.tsv --quoting csv --field id=index_id --language swh_Latn \\
       --templates sib200.yaml --template topic_of_text_en --output sib200_swh.jsonl --limit 100
-  xmtf render --job job.yaml --output-directory rendered --workers 8      (docs/rendering.md has a worked job)"""
+  xmtf render --job job.yaml --output-directory rendered --workers 8
+(docs/rendering.md has a worked job)"""
 
 NOT_OF_JOBS = (
     *("source", "templates", "output", "template", "format", "columns", "delimiter", "quoting", "records_at"),
@@ -41,8 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--job", metavar="JOB.yaml", help="many sources, languages and variants")
     job.add_argument("--output-directory", metavar="DIR", help="default: what the job says")
     reading = parser.add_argument_group("how the source is read")
-    formats = ["jsonl", "json", "csv", "tsv", "lines", "parquet", "squad", "tydiqa", "natural_instructions"]
-    reading.add_argument("--format", choices=[*formats, "huggingface"], help="default: by the file's suffix")
+    reading.add_argument("--format", metavar="FORMAT", help="of docs/sources.md (default: by the file's suffix)")
     reading.add_argument(
         "--field", nargs="+", action="extend", default=[], metavar="NEW=OLD", help="rename a field, as id=index_id"
     )
@@ -177,7 +177,7 @@ def _write(
     rows = identified_rows(
         sources, limit=arguments.limit, on_bytes=_kib_counter(progress), on_bad_row=on_error, report=rows_read
     )
-    work = ((chunk, None) for chunk in chunk_rows(rows))
+    work = ((chunk, None) for chunk in chunk_rows(rows, reject=rows_read.rejecter(on_error)))
     with (
         atomic_write(Path(arguments.output), "wb") as stream,
         closing(rows),

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_xmtf.prompts.draws import drawn_number, drawn_numbers, mixed
+from megatron_xmtf.prompts.readers.bad_rows import Reject
 from megatron_xmtf.prompts.row_chunks import RowChunk, chunk_rows
 
 if TYPE_CHECKING:
@@ -119,11 +120,17 @@ class ExemplarDraw:
 
 
 def build_exemplar_pool(
-    rows: Iterable[tuple[str, Mapping[str, Any]]], *, size: int, max_characters: int, seed: int
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    *,
+    size: int,
+    max_characters: int,
+    seed: int,
+    reject: Reject | None = None,
 ) -> ExemplarPool:
     """Keep `size` of the rows, those with the smallest hash of seed and id, in the order of the rows.
 
-    Raises:  RecordError: a row that cannot be a template's variables.
+    Args:    reject: as `chunk_rows`.
+    Raises:  BadRowError: a row that cannot be a template's variables, unless `reject` returns.
     """
     # Of two rows with one id and hash the first stays; the row itself is never compared.
     numbered = (
@@ -131,7 +138,7 @@ def build_exemplar_pool(
     )
     kept = heapq.nlargest(size, numbered, key=lambda entry: entry[:2])
     kept.sort(key=lambda entry: -entry[1])
-    return ExemplarPool(list(chunk_rows(entry[2] for entry in kept)), max_characters)
+    return ExemplarPool(list(chunk_rows((entry[2] for entry in kept), reject=reject)), max_characters)
 
 
 def _sorted(numbers: NDArray[np.intp], order: NDArray[np.uint64]) -> Iterator[int]:

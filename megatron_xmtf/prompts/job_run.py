@@ -169,7 +169,10 @@ def _remarks(entry: dict[str, Any]) -> list[str]:
     where = f"{entry['dataset']} ({entry['language']})"
     remarks = []
     if entry["missing_localised"]:
-        remarks.append(f"{where}: no template is worded in {entry['prompt_language']!r}")
+        instead = "English ones are taken" if entry["templates"] else "nothing is rendered (missing: skip)"
+        remarks.append(f"{where}: no template is worded in {entry['prompt_language']!r}; {instead}")
+    if entry["left_out_rows"]:
+        remarks.append(f"{where}: {entry['left_out_rows']:,} rows have other values than `where` asks for")
     if entry["rejected_rows"]:
         rejected = ", ".join(f"{reason} ({count:,}x)" for reason, count in entry["rejected_rows"].items())
         remarks.append(f"{where}: rows that cannot be read: {rejected}")

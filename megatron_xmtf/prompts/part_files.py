@@ -33,6 +33,8 @@ class RenderedPart:
     """What a part has become."""
 
     report: RenderReport
+    left_out_rows: int
+    """Rows that the sources' `where` leaves out."""
     rejected_rows: dict[str, int]
     """Rows that could not be read, by reason (counted only when errors are skipped)."""
     rejected_exemplar_rows: dict[str, int]
@@ -59,7 +61,8 @@ def render_part(
         rows = identified_rows(
             part.sources, limit=part.limit, on_bytes=on_bytes, on_bad_row=part.on_error, report=rows_read
         )
-        with closing(rows), closing(render_chunks(writer.work(chunk_rows(rows)), plan, workers=workers)) as rendered:
+        chunks = chunk_rows(rows, reject=rows_read.rejecter(part.on_error))
+        with closing(rows), closing(render_chunks(writer.work(chunks), plan, workers=workers)) as rendered:
             for lines in rendered:
                 report.rows += lines.rows
                 writer.take(lines)
@@ -69,7 +72,7 @@ def render_part(
     finally:
         writer.discard()
     pool_rows = len(pool) if pool is not None else 0
-    return RenderedPart(report, rows_read.rejected, exemplars_read.rejected, pool_rows, files)
+    return RenderedPart(report, rows_read.left_out, rows_read.rejected, exemplars_read.rejected, pool_rows, files)
 
 
 def _pool(part: RenderPart, report: RowReport) -> ExemplarPool | None:
@@ -78,7 +81,11 @@ def _pool(part: RenderPart, report: RowReport) -> ExemplarPool | None:
     rows = identified_rows(part.exemplar_sources, limit=part.limit, on_bad_row=part.on_error, report=report)
     with closing(rows):
         return build_exemplar_pool(
-            rows, size=part.exemplars.pool, max_characters=part.exemplars.max_characters, seed=part.seed
+            rows,
+            size=part.exemplars.pool,
+            max_characters=part.exemplars.max_characters,
+            seed=part.seed,
+            reject=report.rejecter(part.on_error),
         )
 
 
@@ -164,6 +171,7 @@ def summary_of(part: RenderPart, done: RenderedPart) -> dict[str, Any]:
         "prompt_language": part.prompt_language,
         "missing_localised": part.missing_localised,
         "rows": done.report.rows,
+        "left_out_rows": done.left_out_rows,
         "rejected_rows": dict(sorted(done.rejected_rows.items())),
         "records": done.report.rendered,
         "exemplar_pool_rows": done.pool_rows,

@@ -79,8 +79,9 @@ def choose_templates(
     if lacking and missing == "error":
         kind = "template" if translation == "any" else f"template translated by {translation}"
         raise TemplateError(
-            f"{where}: no {kind} is worded in {prompt_language!r}; give the code that the templates have "
-            "(languages: {row_code: prompt_code}), or say missing: english or missing: skip."
+            f"{where}: no {kind} is worded in {prompt_language!r}, so nothing is rendered; give the code that the "
+            "templates have (languages: {row_code: prompt_code}), or say missing: english (English ones are taken) or "
+            "missing: skip (the language is left out)."
         )
     wants_english = prompts != "localised" or (lacking and missing == "english")
     if wants_english and not in_english:

@@ -10,7 +10,7 @@
       - dataset: xcopa
         config: "{language}"
         split: validation
-        languages: [et, sw, zh]          # or {zho_Hans: zh}: the rows' code and the prompts' code
+        languages: [et, sw, zh]          # or {zho_Hans: zh}: the rows' code and the prompts' code; or see `languages`
         task: causal_choice
         source: {path: "xcopa/{language}/val.jsonl", fields: {id: idx}}
         templates: {english: "templates/xcopa/en.yaml", localised: "templates/xcopa/{prompt_language}.yaml"}
@@ -20,7 +20,8 @@
     et          val.jsonl (et)  en.yaml, and et.yaml of it       et, en        et, et
     zh          val.jsonl (zh)  en.yaml, and zh.yaml of it       zh, en        zh, zh
 
-`{language}` and `{prompt_language}` are replaced in `config`, in paths and in an exemplar source. The schema refuses
+`{language}`, `{prompt_language}` and the entry's own names are replaced in `config`, in the sources and in paths of
+templates. The schema refuses
 unknown keys, and a job is checked whole before the first row is read: its files exist, its templates are found, no
 two outputs have the same name, no exemplar comes from other than training rows.
 """
@@ -44,6 +45,7 @@ Missing = Literal["error", "english", "skip"]
 Translation = Literal["any", "human", "machine"]
 SourceValue = str | dict[str, Any]
 OptionStyleValue = str | dict[str, str]
+PLACEHOLDER_NAME = re.compile(r"[a-z][a-z_]*")
 TRAINING_SPLIT = re.compile(r"^train($|[^a-z])")
 TEST_SPLIT = re.compile(r"(^|[^a-z])test($|[^a-z])")
 
@@ -120,8 +122,9 @@ class EntrySettings(_Rendering):
     """One file that holds all templates, or one for each language of the prompts."""
     language: str | None = None
     """Language of the rows. Give this or `languages`."""
-    languages: list[str] | dict[str, str] | None = None
-    """Languages of the rows, `{language}` in paths; as a mapping, with the code that the templates have for each."""
+    languages: list[str] | dict[str, str | dict[str, str]] | None = None
+    """Languages of the rows, `{language}` in sources; as a mapping, with the code that the templates have for each, or
+    with that and further names: `{swh_Latn: {prompt: sw, path: swa}}` makes `{path}` stand for swa."""
     task: str | None = None
     include: list[str] = ["*"]
     """Names of templates to take; `*` stands for anything."""
@@ -137,11 +140,26 @@ class EntrySettings(_Rendering):
             raise ValueError("languages is empty")
         return self
 
-    def language_codes(self) -> dict[str, str | None]:
-        """Return language of the rows -> language of the prompts (None: follows from the former)."""
+    @model_validator(mode="after")
+    def _the_same_names_for_each_language(self) -> EntrySettings:
+        names = {language: set(values) - {"prompt"} for language, values in self.language_names().items()}
+        every = set().union(*names.values())
+        for language, given in names.items():
+            for name in sorted(every - given):
+                raise ValueError(f"languages: {language} gives no `{name}`, which another language gives")
+        for name in sorted(every):
+            if not PLACEHOLDER_NAME.fullmatch(name) or name in ("language", "prompt_language"):
+                raise ValueError(f"languages: {name!r} is no name of a placeholder; take small letters and _")
+        return self
+
+    def language_names(self) -> dict[str, dict[str, str]]:
+        """Return language of the rows -> what stands for the names of it; `prompt` is the language of the prompts."""
         if isinstance(self.languages, dict):
-            return dict(self.languages)
-        return dict.fromkeys(self.languages or [str(self.language)])
+            return {
+                language: {"prompt": given} if isinstance(given, str) else dict(given)
+                for language, given in self.languages.items()
+            }
+        return {language: {} for language in self.languages or [str(self.language)]}
 
 
 class RenderJob(_Rendering):

@@ -18,12 +18,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from megatron_xmtf.errors import ConfigError, TemplateError, nearest_names
+from megatron_xmtf.errors import ConfigError, MissingError, TemplateError, nearest_names
 from megatron_xmtf.files import sha256_json
 from megatron_xmtf.prompts.chunk_renderer import OnError
 from megatron_xmtf.prompts.delimiters import declared_delimiters
 from megatron_xmtf.prompts.options import declared_option_styles
 from megatron_xmtf.prompts.output_names import output_name
+from megatron_xmtf.prompts.placeholders import Placeholders
 from megatron_xmtf.prompts.prompt_language import choose_templates, named_templates, prompt_language_of
 from megatron_xmtf.prompts.render_job import (
     TRAINING_SPLIT,
@@ -110,18 +111,21 @@ def _entry_parts(
     job: RenderJob, entry: EntrySettings, directory: Path, job_name: str, loaded: dict[Path, list[Template]]
 ) -> list[RenderPart]:
     languages = []
-    for language, given in entry.language_codes().items():
-        fill = _Filling(language, given or prompt_language_of(language))
+    for language, given in entry.language_names().items():
+        names = {name: value for name, value in given.items() if name != "prompt"}
+        fill = Placeholders(
+            {**names, "language": language, "prompt_language": given.get("prompt") or prompt_language_of(language)},
+            where=f"{job_name}: {entry.dataset} ({language})",
+        )
         languages.append((fill, *_template_files(entry, fill, directory, loaded)))
-    names = {template.name for _, english, localised in languages for template in (*english, *localised)}
+    known = {template.name for _, english, localised in languages for template in (*english, *localised)}
     for pattern in entry.include:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in known):
             raise TemplateError(
-                f"{job_name}: {entry.dataset}: no template is named {pattern!r}; {nearest_names(pattern, names)}."
+                f"{job_name}: {entry.dataset}: no template is named {pattern!r}; {nearest_names(pattern, known)}."
             )
     parts = []
     for fill, english, localised in languages:
-        where = f"{job_name}: {entry.dataset} ({fill.language})"
         chosen = choose_templates(
             named_templates(english, include=entry.include, exclude=entry.exclude),
             named_templates(localised, include=entry.include, exclude=entry.exclude),
@@ -129,21 +133,21 @@ def _entry_parts(
             prompt_language=fill.prompt_language,
             missing=entry.missing or job.missing or "error",
             translation=entry.translation or job.translation or "any",
-            where=where,
+            where=fill.where,
         )
-        parts.append(_part(job, entry, fill, chosen.templates, chosen.missing, directory, where))
+        parts.append(_part(job, entry, fill, chosen.templates, chosen.missing, directory))
     return parts
 
 
 def _part(
     job: RenderJob,
     entry: EntrySettings,
-    fill: _Filling,
+    fill: Placeholders,
     templates: list[Template],
     missing: bool,
     directory: Path,
-    where: str,
 ) -> RenderPart:
+    where = fill.where
     config = fill.text(entry.config) if entry.config is not None else None
     posed, not_made = pose_templates(
         templates,
@@ -186,29 +190,8 @@ def _part(
     )
 
 
-@dataclass(frozen=True)
-class _Filling:
-    """Put the languages of a part into paths and names."""
-
-    language: str
-    prompt_language: str
-
-    def text(self, text: str) -> str:
-        return text.replace("{language}", self.language).replace("{prompt_language}", self.prompt_language)
-
-    def value(self, value: Any) -> Any:
-        """Fill every string of a nested value."""
-        if isinstance(value, str):
-            return self.text(value)
-        if isinstance(value, list):
-            return [self.value(one) for one in value]
-        if isinstance(value, dict):
-            return {name: self.value(one) for name, one in value.items()}
-        return value
-
-
 def _template_files(
-    entry: EntrySettings, fill: _Filling, directory: Path, loaded: dict[Path, list[Template]]
+    entry: EntrySettings, fill: Placeholders, directory: Path, loaded: dict[Path, list[Template]]
 ) -> tuple[list[Template], list[Template]]:
     """Return the templates of the file for English prompts and of that for the language; each file is read once."""
     files = entry.templates
@@ -218,25 +201,37 @@ def _template_files(
     for name in (files.english, files.localised):
         path = directory / fill.text(name) if name is not None else None
         if path is not None and path not in loaded:
+            _require_path(path, directory, fill.where)
             loaded[path] = load_templates(path)
         found.append(loaded[path] if path is not None else [])
     return found[0], found[1]
 
 
 def _sources(
-    values: SourceValue | list[SourceValue], fill: _Filling, directory: Path, where: str
+    values: SourceValue | list[SourceValue], fill: Placeholders, directory: Path, where: str
 ) -> tuple[Source, ...]:
     listed = values if isinstance(values, list) else [values]
     sources = tuple(source_from_mapping(fill.value(value), directory=directory, where=where) for value in listed)
+    for source in sources:
+        for path in source.paths:
+            _require_path(path, directory, where)
     require_sources(sources)
     return sources
+
+
+def _require_path(path: Path, directory: Path, where: str) -> None:
+    if not path.exists():
+        raise MissingError(
+            f"{where}: {path.resolve()} does not exist; paths in a job are relative to the job file, which lies in "
+            f"{directory.resolve()}."
+        )
 
 
 def _exemplar_sources(
     entry: EntrySettings,
     exemplars: ExemplarSettings,
     sources: tuple[Source, ...],
-    fill: _Filling,
+    fill: Placeholders,
     directory: Path,
     where: str,
 ) -> tuple[Source, ...]:

@@ -13,8 +13,8 @@ from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_xmtf.errors import RecordError
 from megatron_xmtf.prompts.prompted_record import RECORD_FIELDS
+from megatron_xmtf.prompts.readers.bad_rows import BadRowError, Reject
 
 __all__ = ["RowChunk", "chunk_rows"]
 
@@ -49,15 +49,24 @@ class RowChunk:
         self.fields.append(own)
 
 
-def chunk_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Generator[RowChunk, None, None]:
+def chunk_rows(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], *, reject: Reject | None = None
+) -> Generator[RowChunk, None, None]:
     """Cut a stream of (id, row) into chunks.
 
-    Raises:  RecordError: a row that cannot be a template's variables.
+    Args:    reject: what is called with a row that cannot be a template's variables. None: it is raised.
+    Raises:  BadRowError: such a row, unless `reject` returns.
     """
     chunk = RowChunk()
     characters = 0
     for row_id, row in rows:
-        text = _variables(row, row_id)
+        try:
+            text = _variables(row, row_id)
+        except BadRowError as error:
+            if reject is None:
+                raise
+            reject(error)
+            continue
         if len(chunk) == CHUNK_ROWS or (len(chunk) and characters + len(text) > CHUNK_CHARACTERS):
             yield chunk
             chunk, characters = RowChunk(), 0
@@ -71,19 +80,23 @@ def _variables(row: Mapping[str, Any], row_id: str) -> str:
     """Word a row as the JSON object of a template's variables; `-` in a field's name becomes `_`."""
     for name, whose in RESERVED.items():
         if name in row:
-            raise RecordError(f"row {row_id} has a field `{name}`, which is {whose}; rename the field.")
+            raise BadRowError(
+                f"a field `{name}`", f"row {row_id} has a field `{name}`, which is {whose}; rename the field."
+            )
     renamed = {str(name).replace("-", "_"): value for name, value in row.items()}
     if len(renamed) != len(row):
-        raise RecordError(f"row {row_id} has two fields whose names differ only in - and _; rename one.")
+        raise BadRowError(
+            "two fields of one name", f"row {row_id} has two fields whose names differ only in - and _; rename one."
+        )
     try:
         text = json.dumps(renamed, ensure_ascii=False)
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RecordError(
-            f"row {row_id} holds the lone surrogate {text[error.start]!a}, half of a character."
-        ) from error
+        what = f"row {row_id} holds the lone surrogate {text[error.start]!a}, half of a character."
+        raise BadRowError("a lone surrogate", what) from error
     except (TypeError, ValueError, RecursionError) as error:
-        raise RecordError(f"row {row_id} holds what is not a JSON value: {error}.") from error
+        raise BadRowError("no JSON value", f"row {row_id} holds what is not a JSON value: {error}.") from error
     if len(text) > MAX_ROW_CHARACTERS:
-        raise RecordError(f"row {row_id} has {len(text):,} characters; a row may have {MAX_ROW_CHARACTERS:,}.")
+        what = f"row {row_id} has {len(text):,} characters; a row may have {MAX_ROW_CHARACTERS:,}."
+        raise BadRowError("too long", what)
     return text

@@ -14,6 +14,7 @@ from megatron_xmtf.prompts.readers.field_map import mapped_row
 from megatron_xmtf.prompts.readers.json_rows import read_json_list, read_jsonl
 from megatron_xmtf.prompts.readers.natural_instructions import read_natural_instructions
 from megatron_xmtf.prompts.readers.question_answering import read_squad, read_tydiqa
+from megatron_xmtf.prompts.readers.row_filter import RowFilter
 from megatron_xmtf.prompts.readers.streams import read_lines
 from megatron_xmtf.prompts.readers.tables import read_table
 from megatron_xmtf.prompts.readers.text_lines import read_aligned_lines, read_text_lines
@@ -37,8 +38,9 @@ def read_rows(
              on_bytes: called now and then with the bytes of the files consumed since the last call (a progress bar).
              on_bad_row: "skip" counts a row that cannot be read in `report` and goes on. A damaged file always raises.
              report: counts of rows read and rejected, filled while reading.
-    Raises:  MissingError: no such file. ConfigError: an impossible declaration. RecordError: a row that cannot be
-             read, or a file that cannot be read on, with file, line and reason; every row rejected.
+    Raises:  MissingError: no such file. ConfigError: an impossible declaration, a `where` that no row passes.
+             RecordError: a row that cannot be read, or a file that cannot be read on, with file, line and reason;
+             every row rejected.
     """
     if not isinstance(source, Source):
         source = Source(Path(source))
@@ -58,23 +60,28 @@ def _mapped(
 ) -> Generator[Row, None, None]:
     read_before = report.rows
     first_rejected: list[BadRowError] = []
+    row_filter = RowFilter(source.where) if source.where else None
+    raise_or_count = report.rejecter(on_bad_row)
 
     def reject(error: BadRowError) -> None:
-        if on_bad_row == "raise":
-            raise error
-        report.count(error)
+        raise_or_count(error)
         if not first_rejected:
             first_rejected.append(error)
 
     with closing(_located(source, found, on_bytes, reject)) as rows:
         for where, row in rows:
             try:
+                if row_filter is not None and not row_filter.passes(row, where):
+                    report.left_out += 1
+                    continue
                 row = mapped_row(row, where, fields=source.fields, constants=source.constants)
             except BadRowError as error:
                 reject(error)
                 continue
             report.rows += 1
             yield row
+    if row_filter is not None:
+        row_filter.require_some(source.label)
     if report.rows == read_before and first_rejected:
         raise RecordError(
             f"{source.label}: not one row can be read; check the declaration. The first: {first_rejected[0]}"

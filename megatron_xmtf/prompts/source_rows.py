@@ -38,11 +38,14 @@ def identified_rows(
         short, long = _names(source)
         label = short if names.count(short) == 1 else long
         with closing(read_rows(source, on_bytes=on_bytes, on_bad_row=on_bad_row, report=report)) as rows:
-            number = -1
-            for number, row in enumerate(islice(rows, remaining)):
+            before, read_before = report.rows + report.left_out, report.rows
+            for row in islice(rows, remaining):
+                # The number is that of the row in the file, whatever is filtered: two filters on one file make no
+                # two rows of one id.
+                number = report.rows + report.left_out - before - 1
                 yield str(row["id"]) if "id" in row else f"{label}:{number}", row
         if remaining is not None:
-            remaining -= number + 1
+            remaining -= report.rows - read_before
             if not remaining:
                 return
 

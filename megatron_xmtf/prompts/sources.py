@@ -25,6 +25,8 @@ Fields of a row keep their names but for what `fields` says, and `constants` are
     constants  language: en
     gives      {"id": "7", "question": "2 + 2?", "choices": ["3", "4"], "answer": "B", "language": "en"}
 
+`where` leaves out rows of other values than those named, by the file's names: `where: {info.language: [Polish]}`.
+
 docs/sources.md has one worked declaration for each format, and what each refuses.
 """
 
@@ -74,6 +76,8 @@ class Source:
     """New field name -> the file's name for it, or a dotted path; fields not named keep their names."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """Fields that every row is given, such as language, dataset, config and split."""
+    where: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The file's name of a field, or a dotted path -> the values that a row must have one of (`row_filter.py`)."""
     columns: tuple[str, ...] | None = None
     """csv, tsv: names of the columns of a file without a header. parquet, huggingface: the columns that are read."""
     delimiter: str | None = None
@@ -207,18 +211,8 @@ def source_from_mapping(values: Mapping[str, Any] | str, *, directory: Path, whe
     constants = options.get("constants", {})
     if not isinstance(constants, Mapping) or not all(isinstance(name, str) for name in constants):
         raise ConfigError(f"{where}: constants={constants!r} is not a mapping of field names to values.")
-    for key in (
-        "format",
-        "delimiter",
-        "quoting",
-        "records_at",
-        "keys_as",
-        "member",
-        "hub",
-        "name",
-        "split",
-        "revision",
-    ):
+    options["where"] = _wanted_values(options.get("where", {}), where)
+    for key in TEXTS:
         if key in options and not (isinstance(options[key], str) and options[key]):
             raise ConfigError(f"{where}: {key}={options[key]!r} is not a text.")
     source = Source(**options)
@@ -238,6 +232,23 @@ def _names(value: Any, key: str, where: str) -> list[str]:
     if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
         raise ConfigError(f"{where}: {key}={value!r} is not a list of names.")
     return value
+
+
+def _wanted_values(value: Any, where: str) -> dict[str, tuple[str, ...]]:
+    if not isinstance(value, Mapping) or not all(isinstance(path, str) and path for path in value):
+        raise ConfigError(f"{where}: where={value!r} is not a mapping of field names to values.")
+    wanted = {}
+    for path, given in value.items():
+        listed = given if isinstance(given, list) else [given]
+        if not listed or not all(isinstance(one, str | int) and not isinstance(one, bool) for one in listed):
+            raise ConfigError(
+                f"{where}: where: {path}: {given!r} is not a text or a whole number, nor a list of them; in YAML put "
+                "no, yes, true, false and the like into quotes."
+            )
+        if "*" in path.split("."):
+            raise ConfigError(f"{where}: where: {path!r} leads to many values; name one of them by its number.")
+        wanted[path] = tuple(str(one) for one in listed)
+    return wanted
 
 
 def _mapping_of_texts(value: Any, key: str, where: str) -> dict[str, str]:

@@ -128,6 +128,38 @@ def test_english_and_localised_files(directory: Path) -> None:
     assert {record["template"] for records in files(directory).values() for record in records} == {"e", "l"}
 
 
+def test_one_file_of_many_languages(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = [{**row, "id": None, "lang": name} for row in rows("x", 10) for name in ("Estonian", "Swahili")]
+    write_rows(directory / "data_all.jsonl", [{k: v for k, v in row.items() if k != "id"} for row in mixed])
+    languages = {
+        "ekk_Latn": {"prompt": "et", "path": "all", "name": "Estonian"},
+        "swh_Latn": {"path": "all", "name": "Swahili"},
+    }
+    source = {"path": "data_{path}.jsonl", "where": {"lang": "{name}"}, "constants": {"told": "{language}"}}
+    options = {"config": "{path}", "prompts": "localised", "missing": "english", "exclude": ["name*", "*ht"]}
+    assert render(directory, entry(languages=languages, source=source, **options)) == 0
+    found = files(directory)
+    names = ["ekk_Latn/xp3_top_ics_all_train_ask_etmt.jsonl", "swh_Latn/xp3_top_ics_all_train_ask_it.jsonl"]
+    assert list(found) == names
+    ids = [record["id"] for records in found.values() for record in records]
+    assert len(ids) == len(set(ids)) == 20, "rows of one file have ids of their own, whatever filter takes them"
+    summary = json.loads((directory / "out" / "summary.json").read_text())
+    assert [(part["rows"], part["left_out_rows"]) for part in summary["parts"]] == [(10, 10), (10, 10)]
+    printed = capsys.readouterr().out
+    assert "no template is worded in 'sw'; English ones are taken" in printed
+    assert "10 rows have other values than `where` asks for" in printed
+
+
+def test_rows_that_are_no_variables_are_skipped_and_counted(directory: Path) -> None:
+    with open(directory / "train.et.jsonl", "a", encoding="utf-8") as stream:
+        stream.write('{"text": "t", "topic": "a", "answer_choices": []}\n{"a-b": 1, "a_b": 2}\n')
+    assert render(directory, entry()) == 2
+    assert render(directory, entry(), arguments=("--skip-errors",)) == 0
+    (part,) = json.loads((directory / "out" / "summary.json").read_text())["parts"]
+    assert part["rows"] == 30
+    assert part["rejected_rows"] == {"a field `answer_choices`": 1, "two fields of one name": 1}
+
+
 def test_exemplars_come_from_the_declared_training_rows(directory: Path) -> None:
     write_rows(directory / "shots.jsonl", [{"id": f"s{n}", "text": f"SHOT {n}", "topic": "b"} for n in range(9)])
     exemplars = {"source": "shots.jsonl", "split": "train_r1"}
@@ -288,7 +320,13 @@ BAD = [
     (entry(delimiters=[{"target": "x"}]), {}, "{input, target, separator}"),
     (entry(languages=None), {}, "exactly one of language and languages"),
     (entry(language="et"), {}, "exactly one of language and languages"),
-    (entry(source="absent.jsonl"), {}, "absent.jsonl does not exist"),
+    (entry(source="absent.jsonl"), {}, "absent.jsonl does not exist; paths in a job are relative to the job file"),
+    (entry(templates="absent.yaml"), {}, "absent.yaml does not exist; paths in a job are relative to the job file"),
+    (entry(source="train.{lang}.jsonl"), {}, "nothing stands for {lang}; nearest: language"),
+    (entry(languages={"et": {"path": "x"}, "sw": "sw"}), {}, "sw gives no `path`, which another language gives"),
+    (entry(languages={"et": {"Path": "x"}}), {}, "'Path' is no name of a placeholder"),
+    (entry(languages={"et": {"language": "x"}}), {}, "'language' is no name of a placeholder"),
+    (entry(source={"path": "train.et.jsonl", "where": {"topic": "c"}}), {}, "and is a (15), b (15); known"),
     (entry(source={"path": "train.et.jsonl", "feilds": {}}), {}, "unknown key 'feilds', nearest: fields"),
     (entry(languages=["../x"], source="train.et.jsonl"), {}, "is not a plain code"),
     (entry(temlpates="x"), {}, "unknown key 'entries.0.temlpates', nearest: templates"),

@@ -199,9 +199,7 @@ def test_one_report_over_several_sources(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", '{"a": 1}\n{"a": \n')
     second = write(tmp_path / "b.jsonl", "[]\n[]\n")
     assert list(read_rows(first, on_bad_row="skip", report=report)) == [{"a": 1}]
-    with pytest.raises(
-        RecordError, match=r"b.jsonl: not one row can be read; .*: .*b.jsonl:1 is a JSON list"
-    ):
+    with pytest.raises(RecordError, match=r"b.jsonl: not one row can be read; .*: .*b.jsonl:1 is a JSON list"):
         list(read_rows(second, on_bad_row="skip", report=report))
     assert report.rows == 1 and report.rejected == {"not valid JSON": 1, "not an object": 2}
 

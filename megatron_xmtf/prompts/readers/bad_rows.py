@@ -34,10 +34,12 @@ Reject = Callable[[BadRowError], None]
 
 @dataclass
 class RowReport:
-    """Counts of a reading, filled while it runs: rows read + rows rejected = rows in the files."""
+    """Counts of a reading, filled while it runs: rows read + left out + rejected by the reader = rows in the files."""
 
     rows: int = 0
-    """Rows given out."""
+    """Rows given out. Of these some may be rejected later, as variables of a template."""
+    left_out: int = 0
+    """Rows that a filter (`where`) leaves out."""
     rejected: dict[str, int] = field(default_factory=dict)
     """Reason -> rows."""
     examples: dict[str, str] = field(default_factory=dict)
@@ -53,9 +55,19 @@ class RowReport:
         self.rejected[error.reason] = self.rejected.get(error.reason, 0) + 1
         self.examples.setdefault(error.reason, str(error))
 
+    def rejecter(self, on_bad_row: OnBadRow) -> Reject:
+        """Return what raises a bad row's error, or counts it."""
+
+        def reject(error: BadRowError) -> None:
+            if on_bad_row == "raise":
+                raise error
+            self.count(error)
+
+        return reject
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         rejected = {
             reason: {"rows": count, "first": self.examples[reason]} for reason, count in sorted(self.rejected.items())
         }
-        return {"rows": self.rows, "rejected": rejected}
+        return {"rows": self.rows, "left_out": self.left_out, "rejected": rejected}

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_xmtf.errors import ConfigError, nearest_names
 from megatron_xmtf.prompts.readers.bad_rows import BadRowError, Row
 
-__all__ = ["mapped_row"]
+__all__ = ["mapped_row", "value_at"]
 
 
 def mapped_row(row: Row, where: str, *, fields: Mapping[str, str], constants: Mapping[str, Any]) -> Row:
@@ -25,7 +25,7 @@ def mapped_row(row: Row, where: str, *, fields: Mapping[str, str], constants: Ma
     """
     if fields:
         # All taken out before any is put back: two fields may swap their names.
-        values = {name: _value_at(row, path, name, where) for name, path in fields.items()}
+        values = {name: value_at(row, path, name, where) for name, path in fields.items()}
         whole = {path for path in fields.values() if path in row}
         row = {name: value for name, value in row.items() if name not in whole}
         row.update(values)
@@ -40,8 +40,12 @@ def mapped_row(row: Row, where: str, *, fields: Mapping[str, str], constants: Ma
     return row
 
 
-def _value_at(row: Row, path: str, name: str, where: str) -> Any:
-    """Read a field by its name as it stands, else by a dotted path."""
+def value_at(row: Row, path: str, name: str, where: str) -> Any:
+    """Read a field by its name as it stands, else by a dotted path.
+
+    Args:    name, where: what the value is for, and file and line, for the error.
+    Raises:  BadRowError: there is no such field.
+    """
     if path in row:
         return row[path]
     return _descend(row, path.split("."), path, name, where)
