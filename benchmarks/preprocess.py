@@ -172,7 +172,8 @@ def measure(name: RecordSet, ours: Path, megatron: Path, arguments: argparse.Nam
     for peer, (program, python) in peers.items():
         seconds[peer], tokens = run_bare(program, ours, python=python, tokenizer=tokenizer)
         if tokens != compared:
-            raise SystemExit(f"{peer} makes {tokens} tokens, not {compared}")
+            print(f"{peer} makes {tokens:,} tokens, not {compared:,}: it is not exact here")
+        result[f"{peer}_tokens"] = tokens
     for side, value in seconds.items():
         result[side] = {
             "seconds": round(value, 2),
