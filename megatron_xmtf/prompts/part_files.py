@@ -1,4 +1,4 @@
-"""Render one part of a job into its files, in one pass over its rows."""
+"""Render one part of a job into its files; under a cap its ids are read first, to render few rows in vain."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_xmtf.prompts.chunk_renderer import RenderPlan
 from megatron_xmtf.prompts.exemplars import ExemplarPool, build_exemplar_pool
 from megatron_xmtf.prompts.output_file import FinishedFile, OutputFile
 from megatron_xmtf.prompts.readers.bad_rows import RowReport
-from megatron_xmtf.prompts.record_cap import RecordCap
+from megatron_xmtf.prompts.record_cap import RecordCap, smallest_keys
 from megatron_xmtf.prompts.render import count_templates
 from megatron_xmtf.prompts.render_parts import RenderPart
 from megatron_xmtf.prompts.render_processes import RenderedLines, Work, render_chunks
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["RenderedPart", "render_part", "summary_of"]
+
+SPARE_FRACTION, SPARE_ROWS = 8, 8
+"""Rows that are rendered for a cap beyond it, a part of it and some more: most templates lose a few."""
 
 
 @dataclass(frozen=True)
@@ -52,27 +55,67 @@ def render_part(
 
     Raises:  RecordError, TemplateError: rows or templates that fail, unless the part skips them.
     """
-    rows_read, exemplars_read = RowReport(), RowReport()
+    exemplars_read = RowReport()
     pool = _pool(part, exemplars_read)
     plan = RenderPlan(part.posed, part.seed, metadata=part.metadata, on_error=part.on_error, exemplars=pool)
-    report = RenderReport()
-    writer = _PartWriter(part, output_directory, report.templates, count_templates(plan, report))
-    try:
-        rows = identified_rows(
-            part.sources, limit=part.limit, on_bytes=on_bytes, on_bad_row=part.on_error, report=rows_read
-        )
-        chunks = chunk_rows(rows, reject=rows_read.rejecter(part.on_error))
-        with closing(rows), closing(render_chunks(writer.work(chunks), plan, workers=workers)) as rendered:
-            for lines in rendered:
-                report.rows += lines.rows
-                writer.take(lines)
-        if part.posed and not report.rendered and part.on_error == "raise":
-            raise TemplateError(f"{part.name}: no record was rendered from {report.rows:,} rows.\n{report.table()}")
-        files = writer.finish()
-    finally:
-        writer.discard()
+    bounds = _upper_bounds(part)
+    while True:
+        report, rows_read = RenderReport(), RowReport()
+        cap = _cap(part, bounds)
+        writer = _PartWriter(part, output_directory, report.templates, count_templates(plan, report), cap)
+        try:
+            _render_rows(part, plan, writer, report, rows_read, workers, on_bytes)
+            bounds = cap.widened_bounds() if cap is not None else None
+            if bounds is not None:
+                on_bytes = None  # the bar has counted the files
+                continue
+            if part.posed and not report.rendered and part.on_error == "raise":
+                raise TemplateError(f"{part.name}: no record was rendered from {report.rows:,} rows.\n{report.table()}")
+            files = writer.finish()
+            break
+        finally:
+            writer.discard()
     pool_rows = len(pool) if pool is not None else 0
     return RenderedPart(report, rows_read.left_out, rows_read.rejected, exemplars_read.rejected, pool_rows, files)
+
+
+def _render_rows(
+    part: RenderPart,
+    plan: RenderPlan,
+    writer: _PartWriter,
+    report: RenderReport,
+    rows_read: RowReport,
+    workers: int,
+    on_bytes: Callable[[int], None] | None,
+) -> None:
+    """Render every row that the cap may keep into the writer."""
+    rows = identified_rows(
+        part.sources, limit=part.limit, on_bytes=on_bytes, on_bad_row=part.on_error, report=rows_read
+    )
+    chunks = chunk_rows(rows, reject=rows_read.rejecter(part.on_error))
+    with closing(rows), closing(render_chunks(writer.work(chunks), plan, workers=workers)) as rendered:
+        for lines in rendered:
+            report.rows += lines.rows
+            writer.take(lines)
+
+
+def _cap(part: RenderPart, bounds: NDArray[np.uint64] | None) -> RecordCap | None:
+    if part.cap is None or not part.posed:
+        return None
+    return RecordCap(part.cap, [posed.name for posed in part.posed], seed=part.seed, upper_bounds=bounds)
+
+
+def _upper_bounds(part: RenderPart) -> NDArray[np.uint64] | None:
+    """Read the ids alone, to know which rows the cap will leave out; a dataset on the hub is not read twice."""
+    if part.cap is None or not part.posed or not all(source.paths for source in part.sources):
+        return None
+    with closing(identified_rows(part.sources, limit=part.limit, on_bad_row=part.on_error)) as rows:
+        return smallest_keys(
+            (row_id for row_id, _ in rows),
+            count=part.cap + part.cap // SPARE_FRACTION + SPARE_ROWS,
+            names=[posed.name for posed in part.posed],
+            seed=part.seed,
+        )
 
 
 def _pool(part: RenderPart, report: RowReport) -> ExemplarPool | None:
@@ -97,15 +140,13 @@ class _PartWriter:
     directory: Path
     by_name: dict[str, TemplateCounts]
     totals: list[TemplateCounts]
+    cap: RecordCap | None
     outputs: list[OutputFile] = field(init=False)
-    cap: RecordCap | None = field(init=False)
     keys: list[NDArray[np.uint64]] = field(default_factory=list)
     """Of the chunks that are under way, oldest first."""
 
     def __post_init__(self) -> None:
-        names = [posed.name for posed in self.part.posed]
         self.outputs = [OutputFile(self.directory / file) for file in self.part.files]
-        self.cap = RecordCap(self.part.cap, names, seed=self.part.seed) if self.part.cap is not None else None
 
     def work(self, chunks: Iterable[RowChunk]) -> Generator[Work, None, None]:
         """Say of each chunk which rows are to be rendered."""

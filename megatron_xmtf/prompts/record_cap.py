@@ -4,6 +4,12 @@
     kept so far (threshold)                   50  50  50  20  20      -> the records with 20 and 10
                                                   20  20  10  10
 
+Before that, the ids alone may be read, to know how large the cap-th smallest key will be at most: then no row above it
+is rendered at all. Where too many of
+those rows come to nothing, the template is tried again without a bound.
+
+    cap 2, spare 1, all keys  10 20 50 60 70      -> 50; 70 and 60 are never rendered
+
 A key mixes the hash of (seed, id) and the hash of the template's name, so that each template keeps rows of its own. A
 row above the threshold need not be rendered. The threshold that a chunk is judged by is the one after the chunk
 `MAX_CHUNKS_UNDER_WAY` before it: so it does not depend on how far other processes are, and neither do the counts.
@@ -11,7 +17,8 @@ row above the threshold need not be rendered. The threshold that a chunk is judg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from megatron_xmtf.prompts.draws import drawn_numbers, mixed
@@ -21,13 +28,18 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["RecordCap"]
+__all__ = ["RecordCap", "smallest_keys"]
+
+IDS_AT_ONCE = 10_000
 
 
 class RecordCap:
     """Thresholds of a rendering's templates, chunk by chunk."""
 
-    def __init__(self, cap: int, names: Sequence[str], *, seed: int) -> None:
+    def __init__(
+        self, cap: int, names: Sequence[str], *, seed: int, upper_bounds: NDArray[np.uint64] | None = None
+    ) -> None:
+        """Args: upper_bounds: of each template, the largest key that is rendered (`smallest_keys`); None: no bound."""
         import numpy as np
 
         self.cap, self.seed = cap, seed
@@ -35,7 +47,9 @@ class RecordCap:
         self._kept: list[NDArray[np.uint64]] = [np.empty(0, np.uint64) for _ in names]
         self._thresholds: list[NDArray[np.uint64]] = []
         """After each chunk that is merged, that of each template."""
-        self._current = np.full(len(names), np.iinfo(np.uint64).max, np.uint64)
+        no_bounds = np.full(len(names), np.iinfo(np.uint64).max, np.uint64)
+        self._bounds = no_bounds if upper_bounds is None else upper_bounds
+        self._current = self._bounds.copy()
 
     def keys(self, ids: list[str]) -> NDArray[np.uint64]:
         """Return the keys of a chunk's rows, uint64 [rows, templates]."""
@@ -46,9 +60,7 @@ class RecordCap:
         import numpy as np
 
         merged = chunk_number - MAX_CHUNKS_UNDER_WAY
-        if merged < 0:
-            return None
-        candidates = keys <= self._thresholds[merged][None, :]
+        candidates = keys <= (self._thresholds[merged] if merged >= 0 else self._bounds)[None, :]
         return [None if column.all() else np.flatnonzero(column).tolist() for column in candidates.T]
 
     def merge(self, rendered: Sequence[tuple[int, int]], keys: NDArray[np.uint64]) -> list[bool]:
@@ -71,6 +83,14 @@ class RecordCap:
         allowed: list[bool] = (found <= self._current[places[:, 1]]).tolist()
         return allowed
 
+    def widened_bounds(self) -> NDArray[np.uint64] | None:
+        """Return bounds without those of templates that found fewer records than the cap; None: there are none."""
+        import numpy as np
+
+        unbounded = np.uint64(np.iinfo(np.uint64).max)
+        short = np.array([len(kept) < self.cap for kept in self._kept]) & (self._bounds < unbounded)
+        return np.where(short, unbounded, self._bounds) if short.any() else None
+
     def final_thresholds(self) -> list[int]:
         """Return for each template the largest key that is kept."""
         import numpy as np
@@ -80,3 +100,25 @@ class RecordCap:
             int(np.partition(kept, self.cap - 1)[self.cap - 1] if len(kept) > self.cap else current)
             for kept, current in zip(self._kept, self._current, strict=True)
         ]
+
+
+def smallest_keys(ids: Iterable[str], *, count: int, names: Sequence[str], seed: int) -> NDArray[np.uint64]:
+    """Return for each template the `count`-th smallest key of all rows, as the bounds of a `RecordCap`.
+
+    Of fewer rows than that, the bound is the largest number: there is nothing to leave out.
+    """
+    import numpy as np
+
+    cap = RecordCap(1, names, seed=seed)
+    smallest = np.empty((0, len(names)), np.uint64)
+    rows = 0
+    stream = iter(ids)
+    while batch := list(islice(stream, max(count, IDS_AT_ONCE))):
+        rows += len(batch)
+        smallest = np.concatenate((smallest, cap.keys(batch)))
+        if len(smallest) > count:
+            smallest = np.partition(smallest, count - 1, axis=0)[:count]
+    if rows <= count:
+        return np.full(len(names), np.iinfo(np.uint64).max, np.uint64)
+    bounds: NDArray[np.uint64] = smallest.max(axis=0)
+    return bounds

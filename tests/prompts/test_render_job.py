@@ -174,6 +174,19 @@ def test_exemplars_come_from_the_declared_training_rows(directory: Path) -> None
         assert question.startswith("et größe") and record["template"] == "ask it+2shot"
 
 
+def cap_key(seed: str, row_id: str, template: str) -> int:
+    """What a cap ranks by, by plain whole numbers."""
+
+    def number(*parts: str) -> int:
+        return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big")
+
+    mask = (1 << 64) - 1
+    value = number(seed, "cap", row_id) ^ number("cap", template)
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return value ^ (value >> 31)
+
+
 def test_cap_keeps_the_records_of_smallest_hash(directory: Path) -> None:
     write_rows(directory / "train.et.jsonl", rows("et", 6000))
     assert render(directory, entry(include=["ask it", "name/it"])) == 0
@@ -185,25 +198,36 @@ def test_cap_keeps_the_records_of_smallest_hash(directory: Path) -> None:
     (directory / "c").rename(directory / "out")
     capped = files(directory)
 
-    def number(*parts: str) -> int:
-        return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big")
-
-    def mixed(value: int) -> int:
-        mask = (1 << 64) - 1
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-        return value ^ (value >> 31)
-
     ids = []
     for name, records in everything.items():
-        template = number("cap", records[0]["template"])
-        kept = sorted(records, key=lambda record: mixed(number("7", "cap", record["id"]) ^ template))[:50]
+        kept = sorted(records, key=lambda record: cap_key("7", record["id"], record["template"]))[:50]
         assert capped[name] == [record for record in records if record in kept]
         ids.append({record["id"] for record in kept})
     assert len(ids[0] & ids[1]) < 5, "each template keeps rows of its own"
     (part,) = json.loads((directory / "out" / "summary.json").read_text())["parts"]
     for template in part["templates"]:
         assert template["counts"]["rendered"] == 50 and template["counts"]["left_out"] == 5950
+
+
+def test_cap_of_a_template_that_suits_few_rows(directory: Path) -> None:
+    """One row in ten is worded by the template: what the cap keeps is of these, and the other template's is its own."""
+    write_rows(directory / "train.et.jsonl", rows("et", 3000))
+    few = "{name: few, input: '{% if id % 10 == 3 %}{{ text }}{% endif %}', target: x}"
+    (directory / "T.yaml").write_text(f"templates:\n- {few}\n- {{name: all, input: '{{{{ text }}}}', target: x}}")
+    assert render(directory, entry()) == 0
+    everything = files(directory)
+    for cap, kept in ((40, (40, 40)), (400, (300, 400))):
+        assert render(directory, entry(), arguments=("--overwrite",), max_records_per_template=cap) == 0
+        capped = files(directory)
+        (part,) = json.loads((directory / "out" / "summary.json").read_text())["parts"]
+        for template, number in zip(part["templates"], kept, strict=True):
+            counts = template["counts"]
+            assert counts["rendered"] == number == len(capped[template["file"]])
+            outcomes = ("rendered", "blank", "no_input", "no_target", "failed", "left_out")
+            assert sum(counts[name] for name in outcomes) == part["rows"] == 3000
+            ids = {record["id"] for record in capped[template["file"]]}
+            ranked = sorted(everything[template["file"]], key=lambda one: cap_key("7", one["id"], one["template"]))
+            assert ids == {record["id"] for record in ranked[:cap]}
 
 
 def test_two_workers_make_the_same_bytes(directory: Path) -> None:
