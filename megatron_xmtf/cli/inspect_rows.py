@@ -114,6 +114,7 @@ def _with_rows(
             tokenizer=tokenizer,
             normalization=config.loss.normalization if config else None,
             micro_batch_size=config.batch.micro_batch_size if config else 1,
+            global_batch_size=config.batch.global_batch_size if config else 1,
         )
         for number in range(arguments.row, min(arguments.row + arguments.show, len(index)))
     ]

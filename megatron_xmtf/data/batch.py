@@ -14,10 +14,17 @@
     target_token                      1    1    .    1    1            4               a target token
     target_sequence                  1/2  1/2   .   1/2  1/2           2               a target
     target_sequence_per_micro_batch  1/4  1/4   .   1/4  1/4           1               a micro-batch
+    dataset                          3/4  3/4   .   3/2  3/2           4               a target token, see below
 
 The loss of a step is the sum over the global batch of loss_weights * token_loss, divided by the sum of num_loss_units
-over the same global batch, so for the first two it does not depend on how rows are dealt to micro-batches and ranks.
+over the same global batch, so it does not depend on how rows are dealt to micro-batches and ranks, but for
+target_sequence_per_micro_batch.
 Invariant: sum(loss_weights) == number of predicted targets in the micro-batch for target_sequence.
+
+dataset: each of the D datasets with a target token in the global batch weighs the same, and in it each target token. Of
+T target tokens in the global batch, T_d of dataset d, each of d weighs T / (T_d D); the weights add up to T. Above, the
+global batch has T = 6: four of the first example's dataset (two of them in another micro-batch), two of the second's.
+A micro-batch cannot know T_d, so the counts of the whole global batch are given (`target_counts.py`).
 
 Plain text is an example without inputs: all its tokens but the first are predicted, and the document is the unit of
 target_sequence. A text of one token has nothing to predict and counts as no target.
@@ -40,7 +47,7 @@ from megatron_xmtf.data.rows import Row
 
 __all__ = ["Batch", "LossNormalization", "build_batch"]
 
-LossNormalization = Literal["target_token", "target_sequence", "target_sequence_per_micro_batch"]
+LossNormalization = Literal["target_token", "target_sequence", "target_sequence_per_micro_batch", "dataset"]
 """The values of `loss.normalization`."""
 
 
@@ -83,19 +90,29 @@ class Batch:
         )
 
 
-def build_batch(rows: Sequence[Row], *, normalization: LossNormalization) -> Batch:
+def build_batch(
+    rows: Sequence[Row],
+    *,
+    normalization: LossNormalization,
+    dataset_target_tokens: NDArray[np.int64] | None = None,
+) -> Batch:
     """Build a micro-batch; the worked example is in the module's docstring.
 
     Args:    rows: at least one, all of the same length sequence_length + 1; rows of padding alone are allowed.
+             dataset_target_tokens: [datasets], of the whole global batch; needed for `dataset`, and only there.
     """
     assert rows, "a micro-batch has at least one row"
+    assert (normalization == "dataset") == (dataset_target_tokens is not None), "counts are for `dataset` alone"
     tokens = np.stack([row.tokens for row in rows]).astype(np.int64)  # [micro_batch, sequence + 1]
     segment_ids = np.stack([row.segment_ids for row in rows]).astype(np.int64)
     is_target = np.stack([row.is_target for row in rows])
     same_segment = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] > 0)
     predicted = is_target[:, 1:] & same_segment  # [micro_batch, sequence]
     segment_ids = segment_ids[:, :-1]
-    loss_weights, num_loss_units = _weigh(predicted, segment_ids, normalization=normalization)
+    if dataset_target_tokens is not None:
+        loss_weights, num_loss_units = _weigh_datasets(predicted, segment_ids, rows, dataset_target_tokens)
+    else:
+        loss_weights, num_loss_units = _weigh(predicted, segment_ids, normalization=normalization)
     return Batch(
         tokens=torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
         labels=torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
@@ -126,6 +143,32 @@ def _weigh(
     if normalization == "target_sequence":
         return weights.astype(np.float32), num_targets
     return (weights / max(num_targets, 1)).astype(np.float32), 1
+
+
+def _weigh_datasets(
+    predicted: NDArray[np.bool_],
+    segment_ids: NDArray[np.int64],
+    rows: Sequence[Row],
+    dataset_target_tokens: NDArray[np.int64],
+) -> tuple[NDArray[np.float32], int]:
+    """Return what `_weigh` does, for the normalization `dataset`."""
+    # Dataset of each position; that of padding is never looked at.
+    datasets = np.stack(
+        [
+            np.concatenate([[0], row.dataset_ids]).astype(np.int64)[segments]
+            for row, segments in zip(rows, segment_ids, strict=True)
+        ]
+    )
+    own = np.bincount(datasets[predicted], minlength=len(dataset_target_tokens))
+    assert len(own) == len(dataset_target_tokens) and (own <= dataset_target_tokens).all(), (
+        f"a micro-batch has {own.tolist()} target tokens by dataset, its global batch {dataset_target_tokens.tolist()}"
+    )
+    present = np.count_nonzero(dataset_target_tokens)
+    total = dataset_target_tokens.sum()
+    weights = np.divide(
+        total, dataset_target_tokens[datasets] * present, out=np.zeros(predicted.shape), where=predicted
+    )
+    return weights.astype(np.float32), int(np.count_nonzero(predicted))
 
 
 def _positions(segment_ids: NDArray[np.int64]) -> NDArray[np.int64]:

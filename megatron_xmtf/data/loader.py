@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from megatron_xmtf.data.batch import Batch, LossNormalization, build_batch
 from megatron_xmtf.data.rows import PackedRows, empty_row
+from megatron_xmtf.data.target_counts import count_target_tokens
 from megatron_xmtf.errors import ConfigError, DatasetError
 
 __all__ = ["BatchLoader", "require_even_deal", "validation_batches"]
@@ -60,12 +61,15 @@ class BatchLoader:
                 f"step {step} reads rows {begin} to {begin + self.global_batch_size - 1}, the packing index has "
                 f"{len(self.rows)}; build it for the whole run with `xmtf pack CONFIG`."
             )
+        counts = None
+        if self.normalization == "dataset":
+            counts = count_target_tokens(self.rows, begin, count=self.global_batch_size)
         batches = []
         for micro_batch in range(self.num_micro_batches):
             place = micro_batch * self.data_parallel_size + self.data_parallel_rank
             first = begin + place * self.micro_batch_size
             rows = [self.rows[row] for row in range(first, first + self.micro_batch_size)]
-            batches.append(build_batch(rows, normalization=self.normalization))
+            batches.append(build_batch(rows, normalization=self.normalization, dataset_target_tokens=counts))
         return batches
 
 

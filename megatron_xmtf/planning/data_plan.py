@@ -135,6 +135,7 @@ def plan_data(
         index,
         rows=rows,
         micro_batch_size=config.batch.micro_batch_size if per_micro_batch else None,
+        global_batch_size=config.batch.global_batch_size if normalization == "dataset" else None,
     )
 
     def tally(*columns: str) -> Any:

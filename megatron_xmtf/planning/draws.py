@@ -33,8 +33,8 @@ class Draws:
 
     times: list[NDArray[np.uint32]]
     """For each dataset [examples]: segments that are this example."""
-    micro_batch_loss: list[NDArray[np.float64]] | None
-    """For each dataset [examples]: sum over its segments of 1 / targets in the micro-batch; None if not asked for."""
+    batch_loss: list[NDArray[np.float64]] | None
+    """For each dataset [examples]: sum over its segments of their part of their batch's loss; None if not asked for."""
     row_tokens: NDArray[np.int32]
     """[rows], tokens that are not padding."""
 
@@ -46,29 +46,34 @@ def count_draws(
     *,
     rows: int,
     micro_batch_size: int | None = None,
+    global_batch_size: int | None = None,
 ) -> Draws:
     """Count the segments of rows 0 to `rows` - 1.
 
     Args:    readable: of each dataset, what the index was packed from. rows: at most the index's.
-             micro_batch_size: rows of a micro-batch; given, each segment's weight within its own is summed too.
+             micro_batch_size: rows of a micro-batch; given, each segment's part of its own is summed too, each target
+             of it weighing the same. global_batch_size: rows of a step; given, the same within a step, each dataset of
+             it weighing the same, and in it each target token. At most one of the two.
     """
+    assert micro_batch_size is None or global_batch_size is None, "a segment has one part of the loss"
+    batch_size = micro_batch_size or global_batch_size
     assert 0 < rows <= len(index), f"{rows} rows of an index of {len(index)}"
     # All datasets side by side: example e of dataset d is number firsts[d] + e.
     sizes = [len(dataset) for dataset in datasets]
     firsts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     small = np.uint16 if index.sequence_length < np.iinfo(np.uint16).max else np.uint32
     lengths = np.zeros(firsts[-1], small)
-    has_target = np.zeros(firsts[-1] if micro_batch_size else 0, np.bool_)
+    target_tokens = np.zeros(firsts[-1] if batch_size else 0, small)
     for first, last, examples in zip(firsts[:-1].tolist(), firsts[1:].tolist(), readable, strict=True):
         fitting = examples.fitting
         lengths[first:last][fitting.ids] = fitting.lengths
-        if micro_batch_size:
-            has_target[first:last][fitting.ids] = fitting.target_tokens > 0
+        if batch_size:
+            target_tokens[first:last][fitting.ids] = fitting.target_tokens
     times = np.zeros(firsts[-1], np.uint32)
-    loss = np.zeros(len(has_target), np.float64)
+    loss = np.zeros(len(target_tokens), np.float64)
     row_tokens = np.zeros(rows, np.int32)
     with Progress("count", total=rows, unit="rows") as progress:
-        for begin, end in _row_blocks(index, rows, step=micro_batch_size or 1):
+        for begin, end in _row_blocks(index, rows, step=batch_size or 1):
             offsets = np.asarray(index.row_offsets[begin : end + 1])
             segments = slice(int(offsets[0]), int(offsets[-1]))
             numbers = firsts[index.dataset_ids[segments]] + index.example_ids[segments]
@@ -76,18 +81,22 @@ def count_draws(
             np.add.at(times, numbers, np.uint32(1))
             row_tokens[begin:end] = np.add.reduceat(lengths[numbers], starts, dtype=np.int64)
             if micro_batch_size:
-                np.add.at(loss, numbers, _micro_batch_weights(has_target[numbers], starts[::micro_batch_size]))
+                np.add.at(loss, numbers, _micro_batch_weights(target_tokens[numbers] > 0, starts[::micro_batch_size]))
+            if global_batch_size:
+                found = np.asarray(index.dataset_ids[segments])
+                parts = _dataset_weights(target_tokens[numbers], found, starts[::global_batch_size])
+                np.add.at(loss, numbers, parts)
             progress.advance(end - begin)
-    parts = list(zip(firsts[:-1].tolist(), firsts[1:].tolist(), strict=True))
+    places = list(zip(firsts[:-1].tolist(), firsts[1:].tolist(), strict=True))
     return Draws(
-        times=[times[first:last] for first, last in parts],
-        micro_batch_loss=[loss[first:last] for first, last in parts] if micro_batch_size else None,
+        times=[times[first:last] for first, last in places],
+        batch_loss=[loss[first:last] for first, last in places] if batch_size else None,
         row_tokens=row_tokens,
     )
 
 
 def _row_blocks(index: PackingIndex, rows: int, *, step: int) -> Iterator[tuple[int, int]]:
-    """Cut the rows into blocks of about `BLOCK_SEGMENTS` segments, each a whole number of micro-batches."""
+    """Cut the rows into blocks of about `BLOCK_SEGMENTS` segments, each a whole number of batches."""
     begin = 0
     while begin < rows:
         reached = int(np.searchsorted(index.row_offsets, index.row_offsets[begin] + BLOCK_SEGMENTS, side="right")) - 1
@@ -104,3 +113,18 @@ def _micro_batch_weights(has_target: NDArray[np.bool_], starts: NDArray[np.int64
     targets = np.add.reduceat(has_target, starts, dtype=np.int64)
     sizes = np.diff(np.append(starts, len(has_target)))
     return np.where(has_target, 1.0 / np.repeat(np.maximum(targets, 1), sizes), 0.0)
+
+
+def _dataset_weights(
+    target_tokens: NDArray[np.integer], dataset_ids: NDArray[np.integer], starts: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return each segment's part of its global batch: its target tokens / those of its dataset there / datasets there.
+
+    Args:    target_tokens, dataset_ids: [segments]. starts: [global batches], where each begins.
+    """
+    batches = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(target_tokens))))
+    stride = int(dataset_ids.max()) + 1
+    cells = batches * stride + dataset_ids  # one number for each dataset of each global batch
+    of_cell = np.bincount(cells, weights=target_tokens, minlength=len(starts) * stride)
+    present = np.count_nonzero(of_cell.reshape(len(starts), stride), axis=1)
+    return np.asarray(target_tokens / np.maximum(of_cell[cells] * present[batches], 1))

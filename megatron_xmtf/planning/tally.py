@@ -119,10 +119,10 @@ def tally_examples(
             values = _block_values(dataset, examples, block, times=times)
             if normalization == "target_token":
                 loss = values["target_tokens"]
-            elif draws.micro_batch_loss is None:
+            elif draws.batch_loss is None:
                 loss = times * (values["target_tokens"] > 0)
             else:
-                loss = draws.micro_batch_loss[number][block]
+                loss = draws.batch_loss[number][block]
             if flags is not None:
                 for column, bits in FLAG_BITS.items():
                     values[column] = values["selected"] & ((flags[number][block] & np.uint8(bits)) != 0)

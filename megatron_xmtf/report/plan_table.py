@@ -18,6 +18,7 @@ LOSS_UNITS = {
     "target_token": "each target token weighs the same",
     "target_sequence": "each target weighs the same, however long",
     "target_sequence_per_micro_batch": "each micro-batch weighs the same, and in it each target",
+    "dataset": "each dataset of a step weighs the same, and in it each target token",
 }
 NAME_WIDTH = 36
 

@@ -15,6 +15,7 @@ from typing import TypedDict
 from megatron_xmtf.data.batch import LossNormalization, build_batch
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.rows import PackedRows, Row, pack_examples
+from megatron_xmtf.data.target_counts import count_target_tokens
 from megatron_xmtf.data.tokenizer import Tokenizer
 from megatron_xmtf.report.marked_tokens import Piece, mark_pieces, split_pieces
 
@@ -76,16 +77,22 @@ def show_row(
     tokenizer: Tokenizer | None,
     normalization: LossNormalization | None,
     micro_batch_size: int,
+    global_batch_size: int,
 ) -> ShownRow:
     """Describe one row.
 
     Args:    normalization: of the run; None: weights are 0 or 1. micro_batch_size: rows of a micro-batch; the weights
-             of `target_sequence_per_micro_batch` depend on the rows beside it.
+             of `target_sequence_per_micro_batch` depend on the rows beside it. global_batch_size: rows of a step; the
+             weights of `dataset` depend on all of them.
     Raises:  IndexError: there is no such row. DatasetError: as `PackedRows`.
     """
     first = number // micro_batch_size * micro_batch_size
     together = [rows[place] for place in range(first, min(first + micro_batch_size, len(rows)))]
-    batch = build_batch(together, normalization=normalization or "target_token")
+    counts = None
+    if normalization == "dataset":
+        step = number // global_batch_size * global_batch_size
+        counts = count_target_tokens(rows, step, count=min(global_batch_size, len(rows) - step))
+    batch = build_batch(together, normalization=normalization or "target_token", dataset_target_tokens=counts)
     row = together[number - first]
     weights = [0.0, *batch.loss_weights[number - first].tolist()]
     segments = [_show_segment(rows, row, place, weights, tokenizer=tokenizer) for place in range(len(row.example_ids))]

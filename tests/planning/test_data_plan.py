@@ -323,3 +323,39 @@ def test_guards_are_counted_by_language_and_kept_out_where_asked(tmp_path: Path,
         assert untested["guards"]["not_checked"] == {"contamination": "evaluation.tasks names no task"}
         assert untested["guards"]["checked"] == ["duplicates"]
         assert "contaminated" not in untested["entries"][0] and untested["entries"][0]["duplicates"] == 1
+
+
+def test_each_dataset_of_a_step_has_the_same_part_of_the_loss(prefixes: list[str], tmp_path: Path) -> None:
+    """The weights that training gives, divided by each step's units, against the plan's parts of the loss."""
+    train = [{"prefix": prefixes[0], "weight": 3}, {"prefix": prefixes[1], "weight": 1}]
+    config = run_config(tmp_path, prefixes, data={"train": train}, loss={"normalization": "dataset"})
+    plan = build_data_plan(config)
+    datasets = open_datasets(config.data.training_datasets)
+    index = open_packing_index(
+        datasets,
+        data=config.data,
+        sequence_length=config.batch.sequence_length,
+        rows_needed=config.train_steps * config.batch.global_batch_size,
+        seed=config.seed,
+        directory=index_directory(config),
+    )
+    rows = PackedRows(datasets, index, pad_id=3)
+    loader = BatchLoader(
+        rows,
+        micro_batch_size=1,
+        global_batch_size=config.batch.global_batch_size,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        normalization="dataset",
+    )
+    parts = [0.0, 0.0]
+    for step in range(config.train_steps):
+        batches = loader.micro_batches(step)
+        units = sum(batch.num_loss_units for batch in batches)
+        for batch in batches:
+            (row,) = batch.rows
+            for weight, segment in zip(batch.loss_weights[0].tolist(), row.segment_ids[:-1].tolist(), strict=True):
+                if weight:
+                    parts[row.dataset_ids[segment - 1]] += weight / units / config.train_steps
+    assert sum(parts) == pytest.approx(1, rel=1e-6)
+    assert [row["loss_fraction"] for row in plan["entries"]] == pytest.approx(parts, rel=1e-5)
