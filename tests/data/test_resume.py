@@ -362,7 +362,7 @@ def test_an_input_that_changes_meanwhile(
 
 @pytest.mark.slow
 def test_random_kills(tokenizer_directory: Path, tmp_path: Path) -> None:
-    """20 times: kill -9 the run, or one of its workers, at random moments until a try is left alone."""
+    """20 times: kill -9 the run up to four times at random moments, with 1 or 2 workers in turn, then let it end."""
     random_moments = random.Random(os.environ.get("XMTF_DRILL_SEED", "0"))
     sources = [tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz", tmp_path / "c.jsonl.zst"]
     for number, source in enumerate(sources):
