@@ -67,7 +67,7 @@ def check_records(directory: Path) -> None:
     caps = {path: 20 if "sib200" in path.name else 30 for path in records}
     assert all(len(found) == caps[path] for path, found in records.items()), "a file holds as many as its cap"
     everything = [record for found in records.values() for record in found]
-    assert len({record["language"] for record in everything}) == 14 and len({r["dataset"] for r in everything}) == 6
+    assert len({record["language"] for record in everything}) == 16 and len({r["dataset"] for r in everything}) == 7
     held_out = "".join(path.read_text(encoding="utf-8") for path in (directory / "walk" / "held_out").glob("*/*.jsonl"))
     asked = {json.loads(line)["inputs"] for line in held_out.splitlines()}
     assert not asked & {record["inputs"] for record in everything}
