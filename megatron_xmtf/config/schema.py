@@ -330,9 +330,9 @@ class LossConfig(Section):
     target_token: every target token counts 1; the sum is divided by the number of target tokens.
     target_sequence: every target counts 1, its tokens 1/len each; divided by the number of targets. T5X, mT0.
     target_sequence_per_micro_batch: the same, divided within each micro-batch, then averaged. BLOOMZ as it ran.
-    dataset: the mean over the target tokens of each dataset (an entry of `data.train`, a dataset of the mixture), then
-    the mean over the datasets that have a target token in the global batch. A dataset with few tokens in a step weighs
-    as much as one with many, so its tokens' gradients are large: meant for global batches that hold all datasets.
+    dataset: the mean over the target tokens of each dataset, then the mean over the datasets that have a target token
+    in the global batch. A dataset is a prefix; entries that select parts of one prefix are one dataset. One with few
+    tokens in a step weighs as much as one with many: meant for global batches that hold all datasets.
     """
 
 
