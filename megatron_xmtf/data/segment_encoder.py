@@ -20,6 +20,7 @@ from sys import getsizeof
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_xmtf.data.segment_rule import SPACE_MARK, NoSegments, SegmentRule
 
@@ -84,7 +85,7 @@ class SegmentEncoder:
     ) -> None:
         """Args: dtype: of the ids in the bytes returned, uint16 or int32. memory_bytes: of what is remembered."""
         self._backend = backend
-        self._typecode = {"uint16": "H", "int32": "i"}[dtype.name]
+        self._typecode, self._dtype = {"uint16": "H", "int32": "i"}[dtype.name], dtype
         self._generation_bytes, self._used_bytes = memory_bytes // 2, 0
         self._words, self._odd, self._lines, self._texts = _Table(), _Table(), _Table(), _Table()
         self._joined: dict[str, tuple[str, str]] = {}
@@ -106,6 +107,8 @@ class SegmentEncoder:
         self._lead = f"{ANCHOR} " if rule.start_differs else " "
         self._lead_ids = self._encode_all([ANCHOR])[0] if rule.start_differs else []
         self._borders = _Borders(self._backend.normalizer, both=rule.requires == "both") if rule.normalized else None
+        plain = not rule.normalized and not rule.start_differs and "ByteLevel" in repr(self._backend.pre_tokenizer)
+        self._token_bytes = _token_bytes(self._backend) if plain else None
 
     @property
     def remembered_bytes(self) -> int:
@@ -257,12 +260,39 @@ class SegmentEncoder:
 
     def _encode_wanted(self, table: _Table, lead: str, *, is_head: bool) -> None:
         wanted, table.wanted = list(table.wanted), {}
+        if table is self._words and self._encode_joined(wanted):
+            return
         lead_ids = [] if is_head else self._lead_ids
         for key, ids in zip(wanted, self._encode_all([lead + key for key in wanted]), strict=True):
             assert ids[: len(lead_ids)] == lead_ids, f"the tokenizer joins {ANCHOR!r} to what follows a space"
             text = lead + key if is_head else key
             whole = self._must_stay_whole(text, ids, is_head=is_head)
             self._remember(table, key, None if whole else self._to_bytes(ids[len(lead_ids) :]))
+
+    def _encode_joined(self, words: Sequence[str]) -> bool:
+        """Encode regular words as one text and part its ids where their bytes add up to those of the words.
+
+            words  "it" "lies"    text " it lies"    ids  338  7363  ->  " it" 3 bytes | " l" 2, "ies" 3 bytes
+
+        One text costs a fraction of many. It may be cut between any two of its words, so the ids are those of the words
+        alone. Only where each token stands for bytes of its own (byte-level BPE); True if the words are remembered.
+        """
+        if self._token_bytes is None or not words:
+            return False
+        text = " " + " ".join(words)
+        ids = np.array(self._encode_all([text])[0], np.int64)
+        ends = np.cumsum(self._token_bytes[ids])
+        wanted = np.cumsum([len(word.encode()) + 1 for word in words])
+        cuts = np.searchsorted(ends, wanted)
+        if len(ends) == 0 or ends[-1] != wanted[-1] or not np.array_equal(ends[cuts], wanted):
+            return False  # an added token in the text, or one that is not its bytes: word by word tells which
+        if not self._added_ids.isdisjoint(ids.tolist()):
+            return False
+        data, size, begin = ids.astype(self._dtype).tobytes(), self._dtype.itemsize, 0
+        for word, end in zip(words, ((cuts + 1) * size).tolist(), strict=True):
+            self._remember(self._words, word, data[begin:end])
+            begin = end
+        return True
 
     def _must_stay_whole(self, text: str, ids: list[int], *, is_head: bool) -> bool:
         """Tell whether a segment holds an added token, or its borders are not what they seem once normalised."""
@@ -288,6 +318,8 @@ class SegmentEncoder:
         return [fresh[text] if text in fresh else table.young[text] for text in texts]  # type: ignore[misc]
 
     def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:  # a call costs tens of microseconds even then
+            return []
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _to_bytes(self, ids: list[int]) -> bytes:
@@ -330,6 +362,14 @@ class _Borders:
             return False
         inner = whole[len(before) : -len(self._behind)]
         return bool(inner) and not _is_space(inner[-1]) and (is_head or not self._both or not _is_space(inner[0]))
+
+
+def _token_bytes(backend: Backend) -> NDArray[np.int64]:
+    """Return the number of bytes that each id of a byte-level vocabulary stands for: a letter of it is a byte."""
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    sizes = np.zeros(max(vocabulary.values()) + 1, np.int64)
+    sizes[list(vocabulary.values())] = [len(token) for token in vocabulary]
+    return sizes
 
 
 def _is_space(character: str) -> bool:
