@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from megatron_xmtf.config.recipe import config_path, merge_overlay, overlay_path
 from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.config.weight_file import parse_weight_file
 from megatron_xmtf.errors import ConfigError, MissingError, nearest_names
@@ -80,21 +81,30 @@ def load_yaml(path: Path | str) -> Any:
         raise ConfigError(f"{path} is nested too deeply to be read.") from error
 
 
-def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a run configuration and apply `a.b=value` overrides (values are parsed as YAML).
+def load_config(path: Path | str, overrides: Iterable[str] = (), *, overlays: Iterable[Path | str] = ()) -> RunConfig:
+    """Read a run configuration, lay overlays over it, and apply `a.b=value` overrides (values are parsed as YAML).
 
+    Args:    path: a YAML file, or the name of a shipped recipe (bloomz-560m). overlays: files, or names of shipped,
+             each laid over what is there before it.
     Raises:  MissingError: no such file. ConfigError: unknown key (names the nearest), wrong type, rule broken.
     """
-    values = load_yaml(path)
-    if not isinstance(values, dict):
-        found = "is empty" if values is None else f"holds a {type(values).__name__}"
-        raise ConfigError(f"{path} {found}; a configuration is a mapping of keys.")
+    values = _load_mapping(config_path(path))
+    for overlay in overlays:
+        values = merge_overlay(values, _load_mapping(overlay_path(overlay)))
     for override in overrides:
         _apply_override(values, override)
     data = values.get("data")
     if isinstance(data, dict):
         values["data"] = _expand_mixture(data)
     return config_from_mapping(values, RunConfig, source=str(path))
+
+
+def _load_mapping(path: Path) -> dict[str, Any]:
+    values = load_yaml(path)
+    if not isinstance(values, dict):
+        found = "is empty" if values is None else f"holds a {type(values).__name__}"
+        raise ConfigError(f"{path} {found}; a configuration is a mapping of keys.")
+    return values
 
 
 def load_mixture(name: str, *, keep_directories: bool = True) -> dict[str, Any]:

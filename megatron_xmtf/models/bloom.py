@@ -109,8 +109,9 @@ class BloomModel(LanguageModule):
         """Return the ALiBi slopes of this tensor-parallel rank's heads, fp32 [heads / tp]."""
         heads = self.architecture.num_attention_heads // self.config.tensor_model_parallel_size
         first = parallel_state.get_tensor_model_parallel_rank() * heads
-        slopes = alibi_slopes(self.architecture.num_attention_heads)[first : first + heads]
-        return slopes.to("cuda" if torch.cuda.is_available() else "cpu")
+        # No weight: it has values where the model itself is built on meta tensors.
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            return alibi_slopes(self.architecture.num_attention_heads)[first : first + heads]
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the previous stage's hidden states; called by Megatron-Core's schedules."""

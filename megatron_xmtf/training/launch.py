@@ -24,24 +24,18 @@ PREPARE_HOURS = 12
 """How long the other ranks wait for rank 0 to check the inputs and build the packing index."""
 
 
-def train(
-    config: RunConfig, *, nproc: int = 1, allowed_changes: Sequence[str] = (), dry_run: bool = False
-) -> TrainingResult | None:
+def train(config: RunConfig, *, nproc: int = 1, allowed_changes: Sequence[str] = ()) -> TrainingResult | None:
     """Train, and leave the outcome in `OUT/status.json` as well.
 
     Args:    nproc: local ranks to start, when no launcher (torchrun, srun) has started this process as one already.
-             allowed_changes: keys that may differ from the resumed checkpoint's. dry_run: prepare, then stop.
-    Returns: rank 0's result; None for a dry run and on the other ranks of a launcher's job.
+             allowed_changes: keys that may differ from the resumed checkpoint's.
+    Returns: rank 0's result; None on the other ranks of a launcher's job.
     Raises:  what `prepare_run` and `train_rank` raise.
     """
     joined = joined_by_launcher()
     is_first = not joined or os.environ["RANK"] == "0"
     try:
-        result = (
-            _train_joined(config, allowed_changes, dry_run)
-            if joined
-            else _train_local(config, nproc, allowed_changes, dry_run)
-        )
+        result = _train_joined(config, allowed_changes) if joined else _train_local(config, nproc, allowed_changes)
     except XmtfError as error:
         if is_first:
             _write_status(config, error.exit_code, f"{type(error).__name__}: {error}")
@@ -56,18 +50,15 @@ def train(
     return result if is_first else None
 
 
-def _train_local(config: RunConfig, nproc: int, allowed_changes: Sequence[str], dry_run: bool) -> TrainingResult | None:
+def _train_local(config: RunConfig, nproc: int, allowed_changes: Sequence[str]) -> TrainingResult:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     prepare_to_fork()
     prepared = prepare_run(config, world_size=nproc, allowed_changes=allowed_changes)
-    if dry_run:
-        logging.getLogger(__name__).info("everything is in place for %d steps; not trained", config.train_steps)
-        return None
     results: list[TrainingResult] = run_ranks(train_rank, world_size=nproc, arguments=(prepared,))
     return results[0]
 
 
-def _train_joined(config: RunConfig, allowed_changes: Sequence[str], dry_run: bool) -> TrainingResult | None:
+def _train_joined(config: RunConfig, allowed_changes: Sequence[str]) -> TrainingResult:
     """Be one rank of a launcher's job: rank 0 prepares while the others wait for its word in the store.
 
     They wait outside any collective, so that a long index build runs into no collective's timeout.
@@ -88,7 +79,7 @@ def _train_joined(config: RunConfig, allowed_changes: Sequence[str], dry_run: bo
         if code:
             raise RankFailedError(f"rank 0 could not prepare the run: {message}", ExitCode(code))
         prepared = prepare_run(config, world_size=world_size, allowed_changes=allowed_changes, packing_key=packing_key)
-    return None if dry_run else train_rank(prepared, store)
+    return train_rank(prepared, store)
 
 
 def _exit_code(error: Exception) -> ExitCode:

@@ -15,8 +15,8 @@ from megatron_xmtf.checkpoint.directory import find_checkpoint, list_checkpoints
 from megatron_xmtf.checkpoint.manifest import MANIFEST_NAME, open_manifest
 from megatron_xmtf.config.load import write_config
 from megatron_xmtf.config.schema import RunConfig
-from megatron_xmtf.conversion.huggingface import import_huggingface
-from megatron_xmtf.conversion.huggingface_model import read_config
+from megatron_xmtf.conversion.huggingface import import_huggingface, match_model
+from megatron_xmtf.conversion.huggingface_model import HuggingFaceModel, read_config
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.loader import require_even_deal
 from megatron_xmtf.data.mixture import open_datasets
@@ -68,12 +68,19 @@ class PreparedRun:
 
 
 def prepare_run(
-    config: RunConfig, *, world_size: int, allowed_changes: Sequence[str] = (), packing_key: str | None = None
+    config: RunConfig,
+    *,
+    world_size: int,
+    allowed_changes: Sequence[str] = (),
+    packing_key: str | None = None,
+    import_model: bool = True,
 ) -> PreparedRun:
     """Check a run, import its model if that is a Hugging Face directory, and build its packing index.
 
     Args:    world_size: ranks that will train. allowed_changes: keys that may differ from the resumed checkpoint's.
              packing_key: of the index that another rank has built or verified already; None: do that here.
+             import_model: False leaves a Hugging Face model where it is, and needs no weights there; those that are
+             there are matched by name and shape. Such a run is checked, it cannot be trained.
     Raises:  ConfigError: sizes that do not fit. MissingError, DatasetError, TokenizerError, CheckpointError: inputs
              that are absent or do not belong together. ConfigMismatchError: a resumed run that was changed.
     """
@@ -96,9 +103,12 @@ def prepare_run(
         )
     datasets = open_datasets(config.data.training_datasets, tokenizer=tokenizer)
     open_datasets(config.data.validation_datasets, tokenizer=tokenizer)
-    if not is_checkpoint:
+    if not is_checkpoint and import_model:
         logger.info("importing %s", config.model)
         import_huggingface(config.model, start.checkpoint)
+    elif not is_checkpoint and _has_weights(Path(config.model)):
+        with HuggingFaceModel(config.model) as model:
+            match_model(model)
     if packing_key is None:
         packing_key = _index(config, datasets).key
     output = Path(config.output)
@@ -108,7 +118,7 @@ def prepare_run(
         config=config,
         architecture=architecture,
         start=start,
-        hf_files=start.checkpoint / "hf",
+        hf_files=start.checkpoint / "hf" if is_checkpoint or import_model else Path(config.model),
         packing_key=packing_key,
     )
 
@@ -207,6 +217,10 @@ def _initial_checkpoint(config: RunConfig) -> Path:
         return find_checkpoint(model)
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in model.iterdir() if path.is_file()]
     return Path(config.output) / "imported" / sha256_json([str(model.resolve()), *sorted(files)])[:16]
+
+
+def _has_weights(model: Path) -> bool:
+    return any(next(model.glob(pattern), None) for pattern in ("*.safetensors*", "pytorch_model*.bin*"))
 
 
 def _refuse_damaged(checkpoints: Path, existing: Sequence[tuple[int, Path]]) -> None:
