@@ -19,7 +19,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import tempfile
 import time
 from datetime import date
@@ -63,7 +62,8 @@ def run_side(side: str, path: str, positions: int, hidden_size: int, words: int,
     hidden.requires_grad_(), weight.requires_grad_()
     warm = torch.ones(64, 64) @ torch.ones(64, 64)  # the library's own threads and buffers
     del warm
-    before = peak_rss()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: `ru_maxrss` would hand on the parent's
+    before = memory_bytes("VmRSS")
     started = time.perf_counter()
     if side == "ours":
         shard = VocabularyShard(first=0, count=words)
@@ -79,16 +79,18 @@ def run_side(side: str, path: str, positions: int, hidden_size: int, words: int,
         total = (losses * loss_weights).sum()
     total.backward()
     seconds = time.perf_counter() - started
-    peak = peak_rss() - before
+    peak = memory_bytes("VmHWM") - before
     assert hidden.grad is not None and weight.grad is not None
     torch.save({"total": total.detach(), "hidden": hidden.grad, "weight": weight.grad}, path)
     gradient = weight.grad.numel() * weight.grad.element_size()
     return {"peak_mib": peak / MIB, "loss_mib": (peak - gradient) / MIB, "seconds": seconds}
 
 
-def peak_rss() -> int:
-    """Return the most memory that this process has held, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory_bytes(field: str) -> int:
+    """Return VmRSS (now) or VmHWM (the most since it was reset) of this process; Linux counts them in KiB."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{field}:")]
+    return int(line.split()[1]) * 1024
 
 
 def apart(*arguments: Any) -> dict[str, Any]:
