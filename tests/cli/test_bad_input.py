@@ -14,7 +14,9 @@ import pytest
 import yaml
 
 from megatron_xmtf.cli import main
+from megatron_xmtf.config import load_config
 from megatron_xmtf.files import sha256_file
+from megatron_xmtf.training.prepare import prepare_run
 from tests.tiny import write_tiny_tokenizer
 
 GOOD = b'{"inputs": "a", "targets": "b"}\n'
@@ -257,9 +259,8 @@ def test_sizes_are_checked_before_a_model_is_imported(
 
 def test_another_model_is_not_taken_for_the_one_imported_before(tiny_hf: Path, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_hf, tmp_path / "other")
-    words = [str(trained / "train.yaml"), f"output={tmp_path / 'run'}", "--dry-run"]
     for model in (tiny_hf, tmp_path / "other", tiny_hf):
-        assert main(["train", *words, f"model={model}"]) == 0
+        prepare_run(load_config(trained / "train.yaml", [f"output={tmp_path / 'run'}", f"model={model}"]), world_size=1)
     assert len(list((tmp_path / "run" / "imported").iterdir())) == 2
 
 
