@@ -16,7 +16,13 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_xmtf", "megatron_xmtf.*"]),
     package_data={
-        "megatron_xmtf": ["py.typed", "config/recipes/*.yaml", "config/recipes/overlays/*.yaml", "config/mixtures/*.yaml", "quickstart/*.yaml"]
+        "megatron_xmtf": [
+            "py.typed",
+            "config/mixtures/*.yaml",
+            "config/recipes/*.yaml",
+            "config/recipes/overlays/*.yaml",
+            "quickstart/*.yaml",
+        ]
     },
     install_requires=[
         "torch>=2.10",  # 2.10: first release whose weights_only loader has no known hole (CVE-2026-24747)
