@@ -185,7 +185,7 @@ def _run_totals(config: RunConfig, entries: Sequence[dict[str, Any]], *, fill: R
     totals = {name: sum(row[name] for row in entries) for name in ("examples", "tokens", "target_tokens", "available")}
     return {
         "steps": steps,
-        "warmup_steps": config.schedule.lr_warmup_steps,
+        "warmup_steps": -(-config.warmup_rows // rows_per_step),
         "rows": steps * rows_per_step,
         "examples": totals["examples"],
         "tokens": totals["tokens"],

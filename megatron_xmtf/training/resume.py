@@ -45,8 +45,8 @@ def check_same_run(config: RunConfig, saved: Mapping[str, Any], *, allowed_chang
             "in the data would be lost. Put it back, or start a new run with model=CHECKPOINT and another output."
         )
     free = list(FREE_KEYS) + list(allowed_changes)
-    if config.schedule.lr_decay_style == "constant":
-        # A constant rate does not know the end of the run: it may be made longer.
+    if config.schedule.lr_decay_style in ("constant", "inverse_square_root"):
+        # These rates do not know the end of the run: it may be made longer.
         free += ["schedule.train_steps", "schedule.train_rows"]
     if config.loss.normalization == "target_sequence_per_micro_batch":
         # This loss is another one with other micro-batches.
