@@ -19,8 +19,8 @@ from megatron_xmtf.data.selection import scramble
 
 __all__ = ["Rounds", "permuted"]
 
-SMALL = 1 << 16
-"""Up to here an order is drawn uniformly and kept while its round lasts."""
+SMALL = 1 << 20
+"""Up to here an order is drawn uniformly and kept while its round lasts, 4 bytes an example; beyond it is computed."""
 FEISTEL_ROUNDS = 6
 BLOCK = 1 << 20
 """Places computed at a time."""
@@ -80,7 +80,7 @@ class Rounds:
         self._waiting = just_drawn
         """Positions of this draw that this round reads last."""
         self._put_off: list[NDArray[np.int64]] = []
-        self._order: NDArray[np.int64] | None = None
+        self._order: NDArray[np.uint32] | None = None
 
     def _next(self, count: int) -> NDArray[np.int64]:
         """Take `count` positions of this round, which has as many left."""
@@ -105,5 +105,6 @@ class Rounds:
             key = int(np.random.default_rng((*self.seed, number)).integers(1 << 48))
             return permuted(np.arange(begin, end), self.size, seed=key)
         if self._order is None:
-            self._order = np.random.default_rng((*self.seed, number)).permutation(self.size)
-        return self._order[begin:end]
+            random = np.random.default_rng((*self.seed, number))
+            self._order = random.permutation(np.arange(self.size, dtype=np.uint32))
+        return self._order[begin:end].astype(np.int64)
