@@ -1,0 +1,80 @@
+"""Keys of `checkpoint`, `evaluation` and `logging`: what a run keeps, measures and shows."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_xmtf.config.section import PositiveInt, Section
+
+__all__ = ["CheckpointConfig", "EvaluationConfig", "LoggingConfig", "ProfileConfig", "WandbConfig"]
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and which one a run starts from."""
+
+    save_interval: PositiveInt | None = None
+    """Steps between checkpoints. None: only at the end."""
+    keep_last: Annotated[int, Field(ge=2, strict=True)] = 2
+    """Newest checkpoints kept, at least 2 (the newest may be the one that is damaged)."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints whose step is a multiple of this are kept as well."""
+    save_optimizer: bool = True
+    """Write optimizer and RNG state. False halves or more the size, and such a checkpoint cannot be resumed."""
+    resume: Literal["latest", "none"] | Annotated[int, Field(ge=0, strict=True)] = "latest"
+    """latest: go on from the newest checkpoint of `output` if there is one. A step: exactly that one, or an error.
+    none: start from `model`, and refuse an `output` that already holds checkpoints."""
+
+
+class EvaluationConfig(Section):
+    """Validation loss while training, and the tasks that `xmtf evaluate CONFIG` runs."""
+
+    interval: PositiveInt | None = None
+    """Steps between measurements of the validation loss. None: never."""
+    rows: PositiveInt = 64
+    """Rows of each validation dataset, rounded up to whole micro-batches of all data-parallel ranks."""
+    tasks: list[str] = []
+    """Task files for `xmtf evaluate CONFIG`."""
+
+
+class WandbConfig(Section):
+    """The run in Weights & Biases; a resumed run goes on under its own run id, kept in `OUT/wandb.json`."""
+
+    project: Annotated[str, Field(min_length=1)]
+    """Project that the run belongs to."""
+    name: str | None = None
+    """Name of the run. Default: the last part of `output`."""
+    mode: Literal["online", "offline"] = "online"
+    """online: sent while training. offline: written to `OUT/wandb`, for `wandb sync` later."""
+    group: str | None = None
+    """Group that the run is shown in."""
+    tags: list[str] = []
+    """Tags of the run."""
+
+
+class ProfileConfig(Section):
+    """Steps that `torch.profiler` traces, into `OUT/profile/*.json` (Chrome's trace format)."""
+
+    start: PositiveInt
+    """First step traced, counted from 1. Past the first few, which allocate memory and choose kernels."""
+    steps: PositiveInt = 3
+    """Steps traced; a trace grows by tens of MiB a step."""
+    ranks: Literal["first", "all"] = "first"
+    """Whose traces are written."""
+
+
+class LoggingConfig(Section):
+    """What is printed, recorded and checked while training."""
+
+    log_interval: PositiveInt = 1
+    """Steps between printed lines, and of each mean of `train_loss/...`; `metrics.jsonl` has every step."""
+    tensorboard: bool = False
+    """Write event files to `OUT/tensorboard`; needs the package `tensorboard`."""
+    wandb: WandbConfig | None = None
+    """Record the run in Weights & Biases; needs the package `wandb`."""
+    profile: ProfileConfig | None = None
+    """Trace a window of steps."""
+    replica_check_interval: PositiveInt | None = 1000
+    """Steps between comparisons, bit by bit, of parameters that several ranks hold; drift ends the run. None: never.
+    A comparison reads the weights once and exchanges 16 bytes a parameter tensor."""
