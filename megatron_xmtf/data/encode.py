@@ -9,17 +9,9 @@ target a continuation: the ids are those that the model meets when the answer fo
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Literal
 
@@ -30,19 +22,15 @@ from megatron_xmtf.data.indexed_dataset import token_dtype
 from megatron_xmtf.data.records import BadRecord, InputPosition, LineChunk, Record, RecordFormat, RecordParser
 from megatron_xmtf.data.segment_encoder import SegmentEncoder
 from megatron_xmtf.data.tokenizer import Tokenizer
-from megatron_xmtf.errors import RankFailedError, RecordError
+from megatron_xmtf.errors import RecordError
+from megatron_xmtf.worker_pool import WorkerPool, one_tokenizer_thread
 
 __all__ = ["ChunkEncoder", "EncodeSettings", "EncodedChunk", "encode_chunks"]
-
-CHUNKS_PER_WORKER = 3
-"""Chunks a worker may be ahead of the writer: bounds the memory whatever the speeds."""
-PARALLELISM_VARIABLE = "TOKENIZERS_PARALLELISM"
-"""Read by `tokenizers` at every call; threads inside a worker would only compete with the other workers."""
 
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """Everything that decides the ids, beside the records; sent to the workers with each chunk."""
+    """Everything that decides the ids, beside the records; sent to the workers once."""
 
     tokenizer_directory: Path
     kind: Kind
@@ -176,81 +164,16 @@ def encode_chunks(
     if workers == 1:
         encoder = ChunkEncoder(tokenizer, settings)
         for chunk in chunks:
-            with _one_thread():
+            with one_tokenizer_thread():
                 encoded = encoder.encode(chunk)
             yield encoded
         return
-    # spawn: a forked child would inherit the locks of tokenizer threads and of the progress bar.
-    executor = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
-    pending: deque[Future[EncodedChunk]] = deque()
-    try:
-        for chunk in chunks:
-            pending.append(executor.submit(_encode_in_worker, settings, chunk))
-            if len(pending) >= CHUNKS_PER_WORKER * workers:
-                yield _result(pending.popleft(), executor)
-        while pending:
-            yield _result(pending.popleft(), executor)
-    except BrokenProcessPool as error:
-        raise RankFailedError(
-            f"one of {workers} worker processes was killed, most likely for want of memory. "
-            "Run again with fewer workers."
-        ) from error
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+    with WorkerPool(workers, state=settings, setup=_load_encoder) as pool:
+        yield from pool.map(ChunkEncoder.encode, chunks)
 
 
-def _result(future: Future[EncodedChunk], executor: ProcessPoolExecutor) -> EncodedChunk:
-    """Wait for a chunk, and see that the workers live meanwhile.
-
-    A worker killed in the middle of sending leaves half a message, for whose rest the pool would wait for ever. With
-    all workers gone and our own writing end closed the pool finds the end of the stream and breaks.
-    """
-    processes = list((executor._processes or {}).values())
-    while not wait([future], timeout=1.0).done:
-        if any(process.exitcode is not None for process in processes):
-            for process in processes:
-                process.kill()
-            executor._result_queue._writer.close()  # type: ignore[attr-defined]
-            raise BrokenProcessPool("a worker process ended while its chunk was waited for")
-    return future.result()
-
-
-@lru_cache(maxsize=1)
-def _worker_encoder(settings: EncodeSettings) -> ChunkEncoder:
+def _load_encoder(settings: EncodeSettings) -> ChunkEncoder:
     return ChunkEncoder(Tokenizer.load(settings.tokenizer_directory), settings)
-
-
-def _encode_in_worker(settings: EncodeSettings, chunk: LineChunk) -> EncodedChunk:
-    return _worker_encoder(settings).encode(chunk)
-
-
-def _start_worker() -> None:
-    """Prepare a worker: one thread, signals to stop left to the parent, and an end when the parent is killed."""
-    os.environ[PARALLELISM_VARIABLE] = "false"
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep `tokenizers` to one thread: `--workers 1` means one, and a later fork finds no threads of it."""
-    before = os.environ.get(PARALLELISM_VARIABLE)
-    os.environ[PARALLELISM_VARIABLE] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[PARALLELISM_VARIABLE]
-        else:
-            os.environ[PARALLELISM_VARIABLE] = before
 
 
 def _flatten(sequences: Sequence[bytes], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:

@@ -48,11 +48,11 @@ from megatron_xmtf.data.guards.settings import (
 )
 from megatron_xmtf.data.guards.template_wording import SAMPLE, SMALLEST_HINT, salted, sample_wording
 from megatron_xmtf.data.guards.text_units import split_units
-from megatron_xmtf.data.guards.worker_pool import WorkerPool
 from megatron_xmtf.data.tokenizer import Tokenizer
 from megatron_xmtf.errors import ConfigError
 from megatron_xmtf.files import atomic_directory
 from megatron_xmtf.progress import Progress
+from megatron_xmtf.worker_pool import WorkerPool
 
 __all__ = ["scan"]
 

@@ -6,15 +6,16 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
 from megatron_xmtf.errors import RankFailedError
 
-__all__ = ["WorkerPool"]
+__all__ = ["WorkerPool", "one_tokenizer_thread"]
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -27,55 +28,74 @@ PARALLELISM_VARIABLE = "TOKENIZERS_PARALLELISM"
 class WorkerPool:
     """Processes that share a state; a context manager. With 1 worker everything happens in this process.
 
-    with WorkerPool(2, state=index) as pool:
-        for result in pool.map(function, tasks):     # function(index, task), a function of a module
-            ...
+    with WorkerPool(2, state=settings, setup=Encoder) as pool:
+        for result in pool.map(function, tasks):     # function(Encoder(settings), task)
+
+    Args:  state: sent to each process once. setup: makes of it, once in each process, what the function gets; None:
+           the state itself. Both functions stand in a module. max_ahead: tasks under way at most, however many workers.
     """
 
-    def __init__(self, workers: int, *, state: Any) -> None:
-        self.workers, self.state = workers, state
+    def __init__(
+        self, workers: int, *, state: Any, setup: Callable[[Any], Any] | None = None, max_ahead: int | None = None
+    ) -> None:
+        self.workers, self.state, self.setup = workers, state, setup
+        self._ahead = min(TASKS_PER_WORKER * workers, max_ahead or TASKS_PER_WORKER * workers)
         self._executor: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> WorkerPool:
-        self._before = os.environ.get(PARALLELISM_VARIABLE)
-        os.environ[PARALLELISM_VARIABLE] = "false"
         if self.workers > 1:
             # spawn: a forked child would inherit the locks of tokenizer threads and of the progress bar.
             self._executor = ProcessPoolExecutor(
-                self.workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(self.state,)
+                self.workers,
+                mp_context=get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(self.state, self.setup),
             )
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
-        if self._before is None:
-            del os.environ[PARALLELISM_VARIABLE]
-        else:
-            os.environ[PARALLELISM_VARIABLE] = self._before
 
     def map(self, function: Callable[[Any, Task], Result], tasks: Iterable[Task]) -> Generator[Result, None, None]:
-        """Yield function(state, task) for each task, in order.
+        """Yield the function's result for each task, in order; an error is raised where its task stands in the order.
 
         Raises:  RankFailedError: a worker process was killed. And what the function raises.
         """
         if self._executor is None:
+            state = self.state if self.setup is None else self.setup(self.state)
             for task in tasks:
-                yield function(self.state, task)
+                with one_tokenizer_thread():
+                    result = function(state, task)
+                yield result
             return
         pending: deque[Future[Result]] = deque()
         try:
             for task in tasks:
                 pending.append(self._executor.submit(_call, function, task))
-                if len(pending) >= TASKS_PER_WORKER * self.workers:
+                if len(pending) >= self._ahead:
                     yield _result(pending.popleft(), self._executor)
             while pending:
                 yield _result(pending.popleft(), self._executor)
         except BrokenProcessPool as error:
             raise RankFailedError(
-                f"one of {self.workers} worker processes was killed, most likely for want of memory; nothing was "
-                "written. Run again with fewer workers."
+                f"one of {self.workers} worker processes was killed, most likely for want of memory; the file at hand "
+                "was not written. Run again with fewer workers."
             ) from error
+
+
+@contextmanager
+def one_tokenizer_thread() -> Iterator[None]:
+    """Keep `tokenizers` to one thread: one worker means one, and a later fork finds no threads of it."""
+    before = os.environ.get(PARALLELISM_VARIABLE)
+    os.environ[PARALLELISM_VARIABLE] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PARALLELISM_VARIABLE]
+        else:
+            os.environ[PARALLELISM_VARIABLE] = before
 
 
 def _result(future: Future[Result], executor: ProcessPoolExecutor) -> Result:
@@ -94,20 +114,23 @@ def _result(future: Future[Result], executor: ProcessPoolExecutor) -> Result:
     return future.result()
 
 
-_STATE: list[Any] = []
-"""The state of a worker process, put there once when it starts."""
+class _Worker:
+    """What the functions of a worker process get, set once at its start."""
+
+    state: Any = None
 
 
 def _call(function: Callable[[Any, Task], Result], task: Task) -> Result:
-    return function(_STATE[0], task)
+    return function(_Worker.state, task)
 
 
-def _start_worker(state: Any) -> None:
-    """Prepare a worker: one thread, Ctrl-C left to the parent, and an end when the parent is killed."""
-    _STATE.append(state)
+def _start_worker(state: Any, setup: Callable[[Any], Any] | None) -> None:
+    """Prepare a worker: one thread, signals to stop left to the parent, and an end when the parent is killed."""
     os.environ[PARALLELISM_VARIABLE] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    _Worker.state = state if setup is None else setup(state)
 
 
 def _end_with_parent() -> None:
