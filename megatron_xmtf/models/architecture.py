@@ -1,188 +1,63 @@
-"""What a model is, apart from how it is split: read from a Hugging Face config.json, kept in every checkpoint."""
+"""Which architecture a config.json or a checkpoint's manifest describes: one function each, by family."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_xmtf.config.schema import ParallelConfig
-from megatron_xmtf.errors import CheckpointError, ConfigError, nearest_names
+from megatron_xmtf.errors import CheckpointError, nearest_names
+from megatron_xmtf.models.bloom_architecture import BloomArchitecture, bloom_from_hf
+from megatron_xmtf.models.encoder_decoder_architecture import EncoderDecoderArchitecture, t5_from_hf
+from megatron_xmtf.models.split_sizes import VOCAB_DIVISOR
 
-__all__ = ["VOCAB_DIVISOR", "BloomArchitecture", "architecture_from_hf", "architecture_from_mapping"]
+__all__ = [
+    "VOCAB_DIVISOR",
+    "Architecture",
+    "BloomArchitecture",
+    "EncoderDecoderArchitecture",
+    "architecture_from_hf",
+    "architecture_from_mapping",
+]
 
-VOCAB_DIVISOR = 128
-"""The embedding's rows are a multiple of this, whatever the tensor-parallel size (Megatron-LM's default)."""
+Architecture = BloomArchitecture | EncoderDecoderArchitecture
 
-
-@dataclass(frozen=True, kw_only=True)
-class BloomArchitecture:
-    """A BLOOM: ALiBi, LayerNorm after the embedding, tanh-GELU, biases everywhere, tied output layer."""
-
-    hidden_size: int
-    num_layers: int
-    num_attention_heads: int
-    vocab_size: int
-    """Rows of the embedding that the Hugging Face model has."""
-    layernorm_epsilon: float = 1e-5
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    family: str = "bloom"
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of our embedding: `vocab_size` rounded up to a multiple of `VOCAB_DIVISOR`; the extra rows are zero."""
-        return -(-self.vocab_size // VOCAB_DIVISOR) * VOCAB_DIVISOR
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def ffn_hidden_size(self) -> int:
-        """Width of the feed-forward layer, four times the hidden size in every BLOOM."""
-        return 4 * self.hidden_size
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Return the fields as they are kept in a checkpoint's manifest."""
-        return asdict(self)
-
-    def check_split(self, parallel: ParallelConfig) -> None:
-        """Check that the model can be split as asked.
-
-        Raises:  ConfigError: heads, vocabulary or layers do not divide; names the values and what would.
-        """
-        tp = parallel.tensor_model_parallel_size
-        for what, size in (("attention heads", self.num_attention_heads), ("vocabulary rows", self.padded_vocab_size)):
-            if size % tp:
-                raise ConfigError(
-                    f"tensor_model_parallel_size={tp} does not divide the model's {size} {what}; "
-                    f"use one of {divisors(size, limit=64)}."
-                )
-        self.chunk_layers(parallel)
-
-    def chunk_layers(self, parallel: ParallelConfig) -> list[list[int]]:
-        """Return how many layers each model chunk of each pipeline stage holds.
-
-            70 layers, 72 stages, embedding and loss counted    [[0], [1], [1], ... [1], [0]]
-            4 layers, 2 stages, 1 given in the first            [[1], [3]]
-            8 layers, 2 stages of 2 chunks                      [[2, 2], [2, 2]]
-
-        Raises:  ConfigError: the layers do not divide; names the values and what would.
-        """
-        stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
-        first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
-        if first is not None or last is not None:
-            return [[count // chunks] * chunks for count in self._given_layers(stages, chunks, first, last)]
-        embedding, loss = parallel.account_for_embedding_in_pipeline_split, parallel.account_for_loss_in_pipeline_split
-        counted = self.num_layers + embedding + loss
-        if counted % (stages * chunks):
-            layers = f"{self.num_layers} layers"
-            if counted > self.num_layers:
-                layers += f" + {counted - self.num_layers} for embedding and loss = {counted}"
-            raise ConfigError(
-                f"pipeline_model_parallel_size x virtual_pipeline_model_parallel_size = {stages * chunks} does not "
-                f"divide the model's {layers}; use one of {divisors(counted, limit=counted)}."
-            )
-        split = [[counted // (stages * chunks)] * chunks for _ in range(stages)]
-        split[0][0] -= embedding
-        split[-1][-1] -= loss
-        return split
-
-    def _given_layers(self, stages: int, chunks: int, first: int | None, last: int | None) -> list[int]:
-        """Return the layers of each stage when those of the first, the last or both are given."""
-        given = (first or 0) + (last or 0)
-        left = stages - (first is not None) - (last is not None)
-        rest = self.num_layers - given
-        # Without stages between the two, they must hold everything: Megatron-Core would leave the rest out.
-        if rest < 0 or (rest % left or rest == 0 if left else rest != 0):
-            raise ConfigError(
-                f"num_layers_in_first_pipeline_stage={first} and num_layers_in_last_pipeline_stage={last} leave {rest} "
-                f"of the model's {self.num_layers} layers to {left} stages, which must share them evenly."
-            )
-        split = [rest // left if left else 0] * stages
-        if first is not None:
-            split[0] = first
-        if last is not None:
-            split[-1] = last
-        if any(count % chunks for count in split):
-            raise ConfigError(
-                f"stages of {', '.join(map(str, sorted(set(split))))} layers cannot be cut into "
-                f"virtual_pipeline_model_parallel_size={chunks} chunks of the same size."
-            )
-        return split
-
-    @property
-    def parameter_count(self) -> int:
-        """Parameters of the whole model, tied and unpadded, as the Hugging Face model has them.
-
-        vocab h (embedding) + 2h (its norm) + layers (12 h^2 + 13 h) + 2h (last norm); BLOOM-176B: 176,247,271,424.
-        """
-        hidden = self.hidden_size
-        return self.vocab_size * hidden + self.num_layers * (12 * hidden**2 + 13 * hidden) + 4 * hidden
+FAMILIES: dict[str, type[BloomArchitecture] | type[EncoderDecoderArchitecture]] = {
+    "bloom": BloomArchitecture,
+    "mt5": EncoderDecoderArchitecture,
+    "t5": EncoderDecoderArchitecture,
+    "alexatm": EncoderDecoderArchitecture,
+}
+"""The `family` of a manifest -> its class."""
+MODEL_TYPES = ("bloom", "mt5", "t5")
+"""The `model_type` of a config.json that is read."""
 
 
-def divisors(number: int, *, limit: int) -> list[int]:
-    """Return the divisors of `number` up to `limit`."""
-    return [i for i in range(1, min(number, limit) + 1) if number % i == 0]
-
-
-def architecture_from_mapping(values: Mapping[str, Any]) -> BloomArchitecture:
+def architecture_from_mapping(values: Mapping[str, Any]) -> Architecture:
     """Rebuild an architecture from a checkpoint's manifest.
 
     Raises:  CheckpointError: unknown family or fields.
     """
-    if values.get("family") != "bloom":
-        raise CheckpointError(f"model family {values.get('family')!r} is not known; known: bloom.")
+    family = values.get("family")
+    if family not in FAMILIES:
+        raise CheckpointError(f"model family {family!r} is not known; known: {', '.join(FAMILIES)}.")
     try:
-        return BloomArchitecture(**values)
+        return FAMILIES[family](**values)
     except TypeError as error:
         raise CheckpointError(f"the checkpoint's architecture {dict(values)} does not fit: {error}.") from error
 
 
-def architecture_from_hf(config: Mapping[str, Any]) -> BloomArchitecture:
+def architecture_from_hf(config: Mapping[str, Any], *, head_differs: bool | None = None) -> Architecture:
     """Read an architecture from the contents of a Hugging Face config.json.
 
-    Raises:  CheckpointError: unknown `model_type`, a missing or impossible size, a residual behind the norm.
+    Args:    head_differs: whether the files hold an output layer that is not the embedding again; None where only
+             the config.json is at hand (`encoder_decoder_architecture.t5_from_hf` says what it is for).
+    Raises:  CheckpointError: unknown `model_type`, or what the family's own reader says.
     """
     model_type = config.get("model_type")
-    if model_type != "bloom":
-        raise CheckpointError(
-            f"model_type {model_type!r} has no family here; {nearest_names(str(model_type), ['bloom'])}."
-        )
-
-    if config.get("apply_residual_connection_post_layernorm"):
-        raise CheckpointError(
-            "config.json: apply_residual_connection_post_layernorm=true is not offered: Megatron-Core keeps the "
-            "residual before the norm, as every published BLOOM does, and the model would compute something else."
-        )
-
-    def size(*names: str) -> int:
-        for name in names:
-            value = config.get(name)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-        raise CheckpointError(f"config.json has no positive integer {' or '.join(names)}.")
-
-    def number(name: str, default: float) -> float:
-        value = config.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
-            raise CheckpointError(f"config.json: {name}={value!r} must be a number from 0 to below 1.")
-        return float(value)
-
-    architecture = BloomArchitecture(
-        hidden_size=size("hidden_size", "n_embed"),
-        num_layers=size("n_layer", "num_hidden_layers"),
-        num_attention_heads=size("n_head", "num_attention_heads"),
-        vocab_size=size("vocab_size"),
-        layernorm_epsilon=number("layer_norm_epsilon", 1e-5),
-        hidden_dropout=number("hidden_dropout", 0.0),
-        attention_dropout=number("attention_dropout", 0.0),
+    if model_type == "bloom":
+        return bloom_from_hf(config)
+    if model_type in ("mt5", "t5"):
+        return t5_from_hf(config, head_differs=head_differs)
+    raise CheckpointError(
+        f"model_type {model_type!r} has no family here; {nearest_names(str(model_type), MODEL_TYPES)}."
     )
-    if architecture.hidden_size % architecture.num_attention_heads:
-        raise CheckpointError(
-            f"config.json: hidden_size={architecture.hidden_size} is not a multiple of "
-            f"n_head={architecture.num_attention_heads}."
-        )
-    return architecture
