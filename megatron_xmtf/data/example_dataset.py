@@ -112,6 +112,19 @@ class ExampleDataset:
             return np.empty(0, np.int32), targets
         return self._inputs[index].astype(np.int32), targets
 
+    def example(self, number: int, *, occurrence: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (inputs, targets) of an example as one of its occurrences in a run has them.
+
+        Args:    occurrence: place of the segment in the packing index. Stored examples are the same at every place;
+                 what an objective makes of a document (`data.objectives`) has other noise at each.
+        """
+        return self[number]
+
+    @property
+    def places(self) -> np.ndarray:
+        """Place in the files of the document that each example is of, uint64 [examples]."""
+        return np.arange(len(self), dtype=np.uint64)
+
     @property
     def target_lengths(self) -> np.ndarray:
         """Tokens of the targets, EOS included, int32 [examples]."""

@@ -81,8 +81,10 @@ class PackedRows:
         example_ids = np.array(self.index.example_ids[begin:end], np.int64)
         try:
             examples = [
-                self._truncated(self.datasets[dataset][example])
-                for dataset, example in zip(dataset_ids.tolist(), example_ids.tolist(), strict=True)
+                self._truncated(self.datasets[dataset].example(example, occurrence=place))
+                for place, dataset, example in zip(
+                    range(begin, end), dataset_ids.tolist(), example_ids.tolist(), strict=True
+                )
             ]
         except IndexError as error:
             raise DatasetError(

@@ -63,9 +63,9 @@ def in_interval(documents: NDArray[np.uint64], interval: str, *, seed: int) -> N
 
 
 def document_numbers(dataset: ExampleDataset) -> NDArray[np.uint64]:
-    """Return the document of each example, uint64 [examples]; the example's own number where none is known."""
+    """Return the document of each example, uint64 [examples]; its place in the files where none is known."""
     documents = dataset.documents
-    return np.arange(len(dataset), dtype=np.uint64) if documents is None else np.asarray(documents)
+    return dataset.places if documents is None else np.asarray(documents)
 
 
 def select_examples(

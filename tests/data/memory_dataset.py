@@ -26,6 +26,13 @@ class MemoryDataset:
     def __getitem__(self, number):
         return self.examples[number]
 
+    def example(self, number, *, occurrence):
+        return self[number]
+
+    @property
+    def places(self):
+        return np.arange(len(self), dtype=np.uint64)
+
     @property
     def column_names(self):
         return list(self.columns)
