@@ -151,6 +151,7 @@ def open_in_ranks(prefixes: list[str], path: str, *, verify: bool, num_ranks: in
 def load_batches(prefixes: list[str]) -> dict[str, float]:
     """Read steps of a data-parallel size of 1, every row at another place of the files."""
     from megatron_xmtf.config.schema import DatasetConfig
+    from megatron_xmtf.config.step_rows import StepRows
     from megatron_xmtf.data.loader import BatchLoader
     from megatron_xmtf.data.mixture import open_datasets
     from megatron_xmtf.data.packing import pack_mixture
@@ -161,7 +162,7 @@ def load_batches(prefixes: list[str]) -> dict[str, float]:
     loader = BatchLoader(
         rows,
         micro_batch_size=MICRO_BATCH_SIZE,
-        global_batch_size=GLOBAL_BATCH_SIZE,
+        step_rows=StepRows(GLOBAL_BATCH_SIZE),
         data_parallel_rank=0,
         data_parallel_size=1,
         normalization="target_sequence",

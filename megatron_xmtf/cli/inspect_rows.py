@@ -30,7 +30,7 @@ def inspect_run(path: Path, arguments: argparse.Namespace) -> tuple[dict[str, An
         datasets,
         data=config.data,
         sequence_length=config.batch.sequence_length,
-        rows_needed=config.train_steps * config.batch.global_batch_size,
+        rows_needed=config.train_rows,
         seed=config.seed,
         directory=index_directory(config),
     )
@@ -100,6 +100,7 @@ def _with_rows(
     config: RunConfig | None,
 ) -> tuple[dict[str, Any], str]:
     """Add the rows that are to be shown."""
+    from megatron_xmtf.config.step_rows import StepRows
     from megatron_xmtf.data.rows import PackedRows
     from megatron_xmtf.report.marked_tokens import uses_colour
     from megatron_xmtf.report.shown_rows import show_row, word_row
@@ -114,7 +115,7 @@ def _with_rows(
             tokenizer=tokenizer,
             normalization=config.loss.normalization if config else None,
             micro_batch_size=config.batch.micro_batch_size if config else 1,
-            global_batch_size=config.batch.global_batch_size if config else 1,
+            step_rows=config.batch.step_rows if config else StepRows(1),
         )
         for number in range(arguments.row, min(arguments.row + arguments.show, len(index)))
     ]

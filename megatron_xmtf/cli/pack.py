@@ -70,7 +70,7 @@ def _pack_run(arguments: argparse.Namespace) -> dict[str, Any]:
         datasets,
         data=config.data,
         sequence_length=config.batch.sequence_length,
-        rows_needed=config.train_steps * config.batch.global_batch_size,
+        rows_needed=config.train_rows,
         seed=config.seed,
         directory=directory,
         guards=drop_flagged(config, datasets),

@@ -62,13 +62,13 @@ class ScheduleConfig(Section):
     train_steps: PositiveInt | None = None
     """Optimizer steps. Give this or `train_rows`."""
     train_rows: PositiveInt | None = None
-    """Rows in all, a multiple of `global_batch_size`. Give this or `train_steps`."""
+    """Rows in all, a whole number of steps. Give this or `train_steps`."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse_square_root", "wsd"] = "constant"
     """Shape after warm-up. constant: BLOOMZ, mT0. linear, cosine: down to `min_lr` at the last step.
     inverse_square_root: by the root of (warm-up / now). wsd (warm-up, stable, decay): constant, then a decay of
     `lr_wsd_decay_*` at the end."""
     lr_warmup_steps: Annotated[int, Field(ge=0, strict=True)] = 0
-    """Steps over which the rate rises linearly from 0. 0: BLOOMZ."""
+    """Steps over which the rate rises linearly from 0; counted as their rows. 0: BLOOMZ."""
     lr_warmup_rows: PositiveInt | None = None
     """The same in rows, instead of `lr_warmup_steps`."""
     lr_wsd_decay_steps: PositiveInt | None = None

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megatron_xmtf.config.section import PositiveInt, Section
+from megatron_xmtf.config.step_rows import StepRows
 
-__all__ = ["BatchConfig", "KernelsConfig", "ParallelConfig", "RecomputeConfig"]
+__all__ = ["BatchConfig", "KernelsConfig", "ParallelConfig", "RampupConfig", "RecomputeConfig"]
 
 
 class ParallelConfig(Section):
@@ -51,6 +52,17 @@ class ParallelConfig(Section):
         return self
 
 
+class RampupConfig(Section):
+    """Global batches that grow from a small one in equal increments."""
+
+    start: PositiveInt
+    """Rows of the first steps. 192: BLOOM-176B's pretraining, which ramped `192 16 9_765_625` to 2048 (tr11)."""
+    increment: PositiveInt
+    """Rows by which a step grows each time; `global_batch_size` - `start` is a multiple of it."""
+    rows: PositiveInt
+    """Rows over which the batch grows, in increments of the same number of rows each."""
+
+
 class BatchConfig(Section):
     """Sizes of batches, in packed rows."""
 
@@ -58,8 +70,36 @@ class BatchConfig(Section):
     """Rows in one forward pass of one data-parallel rank. 1: BLOOMZ-176B."""
     global_batch_size: PositiveInt = 2048
     """Rows per optimizer step over all data-parallel ranks. 2048: BLOOMZ from 1b7 up."""
+    rampup_batch_size: RampupConfig | None = None
+    """Begin with smaller global batches, as Megatron's `--rampup-batch-size`. None: BLOOMZ."""
     sequence_length: Annotated[int, Field(ge=8, strict=True)] = 2048
     """Tokens of a row that the model reads; a row holds one more, the label of the last. 2048: BLOOMZ."""
+
+    @model_validator(mode="after")
+    def _rampup_reaches_global_batch(self) -> BatchConfig:
+        ramp = self.rampup_batch_size
+        if ramp is None:
+            return self
+        growth = self.global_batch_size - ramp.start
+        if growth <= 0:
+            raise ValueError(
+                f"batch.rampup_batch_size.start={ramp.start} must be less than "
+                f"batch.global_batch_size={self.global_batch_size}; without a ramp leave rampup_batch_size out"
+            )
+        if growth % ramp.increment:
+            raise ValueError(
+                f"batch.rampup_batch_size grows from {ramp.start} to batch.global_batch_size={self.global_batch_size}, "
+                f"by {growth}, which is not a multiple of increment={ramp.increment}"
+            )
+        return self
+
+    @property
+    def step_rows(self) -> StepRows:
+        """Which rows each step reads."""
+        ramp = self.rampup_batch_size
+        if ramp is None:
+            return StepRows(self.global_batch_size)
+        return StepRows(self.global_batch_size, ramp.start, ramp.increment, ramp.rows)
 
 
 class RecomputeConfig(Section):
@@ -76,5 +116,5 @@ class RecomputeConfig(Section):
 class KernelsConfig(Section):
     """Which implementation of each operation runs; decided once at start and printed."""
 
-    attention: Literal["auto", "reference", "sdpa"] = "auto"
-    """Packed ALiBi attention. auto: sdpa in fp32, reference in half precision."""
+    attention: Literal["auto", "reference", "sdpa", "segments"] = "auto"
+    """Packed ALiBi attention. auto: on a CPU segments, on a GPU sdpa in fp32 and reference in half precision."""

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from megatron_xmtf.config.data import DataConfig, DatasetConfig, GuardsConfig
 from megatron_xmtf.config.optimization import LossConfig, OptimizerConfig, ScheduleConfig
-from megatron_xmtf.config.parallel import BatchConfig, KernelsConfig, ParallelConfig, RecomputeConfig
+from megatron_xmtf.config.parallel import BatchConfig, KernelsConfig, ParallelConfig, RampupConfig, RecomputeConfig
 from megatron_xmtf.config.running import CheckpointConfig, EvaluationConfig, LoggingConfig, ProfileConfig, WandbConfig
 from megatron_xmtf.config.section import Section
 
@@ -29,6 +29,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "ProfileConfig",
+    "RampupConfig",
     "RecomputeConfig",
     "RunConfig",
     "ScheduleConfig",
@@ -79,10 +80,14 @@ class RunConfig(Section):
             )
         if self.evaluation.interval is not None and not self.data.validation_datasets:
             raise ValueError("evaluation.interval is set, but data.validation names no dataset to measure")
-        if schedule.train_rows is not None and schedule.train_rows % batch.global_batch_size:
+        if schedule.train_rows is not None and self.train_rows != schedule.train_rows:
+            below, above = self.train_rows, batch.step_rows.before(self.train_steps + 1)
+            if batch.rampup_batch_size is None:
+                rule = f"is not a multiple of batch.global_batch_size={batch.global_batch_size}"
+            else:
+                rule = "does not end with a step of the ramp"
             raise ValueError(
-                f"schedule.train_rows={schedule.train_rows} is not a multiple of "
-                f"batch.global_batch_size={batch.global_batch_size}"
+                f"schedule.train_rows={schedule.train_rows} {rule}; use {f'{below} or ' if below else ''}{above}"
             )
         if self.kernels.attention == "sdpa" and self.precision != "fp32":
             raise ValueError(
@@ -100,15 +105,14 @@ class RunConfig(Section):
                 "optimizer.name=adafactor and parallel.use_distributed_optimizer=true cannot be combined: flat shards "
                 "have no rows and columns to factor; its state is small, set use_distributed_optimizer=false"
             )
-        if schedule.lr_warmup_steps > self.train_steps:
-            raise ValueError(
-                f"schedule.lr_warmup_steps={schedule.lr_warmup_steps} is more than the run's {self.train_steps} steps"
-            )
-        rows = self.train_steps * batch.global_batch_size
-        if self.warmup_rows + self.wsd_decay_rows > rows:
+        for key in ("lr_warmup_steps", "lr_wsd_decay_steps"):
+            steps = getattr(schedule, key)
+            if steps is not None and steps > self.train_steps:
+                raise ValueError(f"schedule.{key}={steps} is more than the run's {self.train_steps} steps")
+        if self.warmup_rows + self.wsd_decay_rows > self.train_rows:
             raise ValueError(
                 f"schedule: warm-up and decay of the learning rate take {self.warmup_rows} and {self.wsd_decay_rows:g} "
-                f"rows, the run has {rows}"
+                f"rows, the run has {self.train_rows}"
             )
         return self
 
@@ -118,18 +122,24 @@ class RunConfig(Section):
         if self.schedule.train_steps is not None:
             return self.schedule.train_steps
         assert self.schedule.train_rows is not None, "the schema requires train_steps or train_rows"
-        return self.schedule.train_rows // self.batch.global_batch_size
+        return self.batch.step_rows.step_of(self.schedule.train_rows)
+
+    @property
+    def train_rows(self) -> int:
+        """Rows of the whole run."""
+        return self.batch.step_rows.before(self.train_steps)
 
     @property
     def warmup_rows(self) -> int:
         """Rows of the learning rate's warm-up."""
-        schedule = self.schedule
-        return schedule.lr_warmup_rows or schedule.lr_warmup_steps * self.batch.global_batch_size
+        return self.schedule.lr_warmup_rows or self.batch.step_rows.before(self.schedule.lr_warmup_steps)
 
     @property
     def wsd_decay_rows(self) -> float:
         """Rows of the decay that ends a wsd schedule; 0 with any other."""
-        schedule, batch = self.schedule, self.batch.global_batch_size
+        schedule = self.schedule
         if schedule.lr_wsd_decay_fraction is not None:
-            return schedule.lr_wsd_decay_fraction * self.train_steps * batch
-        return schedule.lr_wsd_decay_rows or (schedule.lr_wsd_decay_steps or 0) * batch
+            return schedule.lr_wsd_decay_fraction * self.train_rows
+        if schedule.lr_wsd_decay_steps is not None:
+            return self.train_rows - self.batch.step_rows.before(self.train_steps - schedule.lr_wsd_decay_steps)
+        return schedule.lr_wsd_decay_rows or 0

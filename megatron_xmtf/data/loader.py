@@ -5,12 +5,14 @@
     rank 0           24 25           28 29
     rank 1           26 27           30 31
 
-The rows of a step are the same whatever the micro-batch size and the number of ranks, and nothing is remembered between
+Under a batch-size ramp a step has fewer rows and each rank fewer micro-batches (`config/step_rows.py`). The rows of a
+step are the same whatever the micro-batch size and the number of ranks, and nothing is remembered between
 steps: a run resumed at step n reads what the uninterrupted one reads.
 """
 
 from __future__ import annotations
 
+from megatron_xmtf.config.step_rows import StepRows
 from megatron_xmtf.data.batch import Batch, LossNormalization, build_batch
 from megatron_xmtf.data.rows import PackedRows, empty_row
 from megatron_xmtf.data.target_counts import count_target_tokens
@@ -22,9 +24,9 @@ __all__ = ["BatchLoader", "require_even_deal", "validation_batches"]
 class BatchLoader:
     """The micro-batches of one data-parallel rank.
 
-    Args:    micro_batch_size: rows of one forward pass. global_batch_size: rows of a step over all ranks.
+    Args:    micro_batch_size: rows of one forward pass. step_rows: which rows each step reads, over all ranks.
              data_parallel_rank, data_parallel_size: which share of each step is read.
-    Raises:  ConfigError: the global batch cannot be dealt evenly.
+    Raises:  ConfigError: a global batch cannot be dealt evenly.
     """
 
     def __init__(
@@ -32,22 +34,17 @@ class BatchLoader:
         rows: PackedRows,
         *,
         micro_batch_size: int,
-        global_batch_size: int,
+        step_rows: StepRows,
         data_parallel_rank: int,
         data_parallel_size: int,
         normalization: LossNormalization,
     ) -> None:
         assert 0 <= data_parallel_rank < data_parallel_size, f"rank {data_parallel_rank} of {data_parallel_size}"
-        require_even_deal(global_batch_size, micro_batch_size, data_parallel_size)
+        require_even_deal(step_rows, micro_batch_size, data_parallel_size)
         self.rows = rows
-        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
+        self.micro_batch_size, self.step_rows = micro_batch_size, step_rows
         self.data_parallel_rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
         self.normalization = normalization
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Micro-batches of this rank in a step."""
-        return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
     def micro_batches(self, step: int) -> list[Batch]:
         """Read this rank's micro-batches of a step, which counts from 0.
@@ -55,17 +52,17 @@ class BatchLoader:
         Raises:  DatasetError: the index has no rows for this step.
         """
         assert step >= 0, f"steps count from 0; this is {step}"
-        begin = step * self.global_batch_size
-        if begin + self.global_batch_size > len(self.rows):
+        begin, size = self.step_rows.before(step), self.step_rows.of(step)
+        if begin + size > len(self.rows):
             raise DatasetError(
-                f"step {step} reads rows {begin} to {begin + self.global_batch_size - 1}, the packing index has "
+                f"step {step} reads rows {begin} to {begin + size - 1}, the packing index has "
                 f"{len(self.rows)}; build it for the whole run with `xmtf pack CONFIG`."
             )
         counts = None
         if self.normalization == "dataset":
-            counts = count_target_tokens(self.rows, begin, count=self.global_batch_size)
+            counts = count_target_tokens(self.rows, begin, count=size)
         batches = []
-        for micro_batch in range(self.num_micro_batches):
+        for micro_batch in range(size // (self.micro_batch_size * self.data_parallel_size)):
             place = micro_batch * self.data_parallel_size + self.data_parallel_rank
             first = begin + place * self.micro_batch_size
             rows = [self.rows[row] for row in range(first, first + self.micro_batch_size)]
@@ -73,20 +70,27 @@ class BatchLoader:
         return batches
 
 
-def require_even_deal(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> None:
-    """Check that a global batch is a whole number of micro-batches for every data-parallel rank.
+def require_even_deal(step_rows: StepRows, micro_batch_size: int, data_parallel_size: int) -> None:
+    """Check that every global batch is a whole number of micro-batches for every data-parallel rank.
 
-    Raises:  ConfigError: it is not; names the nearest sizes that are.
+    Raises:  ConfigError: one is not; names the nearest sizes that are.
     """
     share = micro_batch_size * data_parallel_size
-    if global_batch_size % share == 0:
-        return
-    below = global_batch_size // share * share
-    nearest = f"{below} or {below + share}" if below else str(share)
-    raise ConfigError(
-        f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size x data_parallel_size = "
-        f"{micro_batch_size} x {data_parallel_size}; use {nearest}."
-    )
+    settings = [("global_batch_size", step_rows.global_batch_size)]
+    if step_rows.rampup_rows:
+        # Every size of the ramp is start + n x increment: these two decide.
+        settings += [
+            ("rampup_batch_size.start", step_rows.start),
+            ("rampup_batch_size.increment", step_rows.increment),
+        ]
+    for name, size in settings:
+        if size % share:
+            below = size // share * share
+            nearest = f"{below} or {below + share}" if below else str(share)
+            raise ConfigError(
+                f"{name}={size} is not a multiple of micro_batch_size x data_parallel_size = "
+                f"{micro_batch_size} x {data_parallel_size}; use {nearest}."
+            )
 
 
 def validation_batches(

@@ -42,7 +42,7 @@ class RunTotals(TypedDict):
     target_tokens: int
     epochs: float
     """Examples read per example that can be drawn, over all datasets."""
-    rows_per_step: int
+    rows_per_step: float
     examples_per_step: float
     tokens_per_step: float
     target_tokens_per_step: float
@@ -88,7 +88,7 @@ def build_data_plan(config: RunConfig, *, by: Sequence[str] = ()) -> DataPlan:
     Raises:  ConfigError: a column that no dataset has, or a global batch that is no whole number of micro-batches.
              DatasetError: as `open_datasets` and `build_packing_index`.
     """
-    require_even_deal(config.batch.global_batch_size, config.batch.micro_batch_size, 1)
+    require_even_deal(config.batch.step_rows, config.batch.micro_batch_size, 1)
     datasets = open_datasets(config.data.training_datasets)
     known = sorted({column for dataset in datasets for column in dataset.column_names})
     for column in by:
@@ -100,7 +100,7 @@ def build_data_plan(config: RunConfig, *, by: Sequence[str] = ()) -> DataPlan:
         datasets,
         data=config.data,
         sequence_length=config.batch.sequence_length,
-        rows_needed=config.train_steps * config.batch.global_batch_size,
+        rows_needed=config.train_rows,
         seed=config.seed,
         directory=directory,
         guards=flags if flags is not None and flags.settings.dropped() else None,
@@ -126,7 +126,7 @@ def plan_data(
     """
     guards = describe_guards(config, flags, why_no_flags)
     capacity, normalization = index.sequence_length + 1, config.loss.normalization
-    rows = config.train_steps * config.batch.global_batch_size
+    rows = config.train_rows
     readable = find_readable(config, datasets, guards=flags)
     per_micro_batch = normalization == "target_sequence_per_micro_batch"
     draws = count_draws(
@@ -135,7 +135,7 @@ def plan_data(
         index,
         rows=rows,
         micro_batch_size=config.batch.micro_batch_size if per_micro_batch else None,
-        global_batch_size=config.batch.global_batch_size if normalization == "dataset" else None,
+        step_rows=config.batch.step_rows if normalization == "dataset" else None,
     )
 
     def tally(*columns: str) -> Any:
@@ -181,20 +181,20 @@ def plan_data(
 
 
 def _run_totals(config: RunConfig, entries: Sequence[dict[str, Any]], *, fill: RowFill) -> RunTotals:
-    steps, rows_per_step = config.train_steps, config.batch.global_batch_size
+    steps, rows = config.train_steps, config.train_rows
     totals = {name: sum(row[name] for row in entries) for name in ("examples", "tokens", "target_tokens", "available")}
     return {
         "steps": steps,
-        "warmup_steps": -(-config.warmup_rows // rows_per_step),
-        "rows": steps * rows_per_step,
+        "warmup_steps": config.batch.step_rows.step_of(config.warmup_rows - 1) + 1 if config.warmup_rows else 0,
+        "rows": rows,
         "examples": totals["examples"],
         "tokens": totals["tokens"],
         "target_tokens": totals["target_tokens"],
         "epochs": totals["examples"] / totals["available"],
-        "rows_per_step": rows_per_step,
+        "rows_per_step": rows / steps,
         "examples_per_step": totals["examples"] / steps,
         "tokens_per_step": totals["tokens"] / steps,
         "target_tokens_per_step": totals["target_tokens"] / steps,
-        "examples_per_row": totals["examples"] / (steps * rows_per_step),
+        "examples_per_row": totals["examples"] / rows,
         "row_fill": fill,
     }

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_xmtf.config.step_rows import StepRows
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.packing_index import PackingIndex
 from megatron_xmtf.planning.readable import ReadableExamples
@@ -46,34 +47,35 @@ def count_draws(
     *,
     rows: int,
     micro_batch_size: int | None = None,
-    global_batch_size: int | None = None,
+    step_rows: StepRows | None = None,
 ) -> Draws:
     """Count the segments of rows 0 to `rows` - 1.
 
     Args:    readable: of each dataset, what the index was packed from. rows: at most the index's.
              micro_batch_size: rows of a micro-batch; given, each segment's part of its own is summed too, each target
-             of it weighing the same. global_batch_size: rows of a step; given, the same within a step, each dataset of
-             it weighing the same, and in it each target token. At most one of the two.
+             of it weighing the same. step_rows: which rows each step reads; given, the same within a step, each dataset
+             of it weighing the same, and in it each target token. At most one of the two.
     """
-    assert micro_batch_size is None or global_batch_size is None, "a segment has one part of the loss"
-    batch_size = micro_batch_size or global_batch_size
+    assert micro_batch_size is None or step_rows is None, "a segment has one part of the loss"
+    has_loss = micro_batch_size is not None or step_rows is not None
+    batches = step_rows or StepRows(micro_batch_size or 1)
     assert 0 < rows <= len(index), f"{rows} rows of an index of {len(index)}"
     # All datasets side by side: example e of dataset d is number firsts[d] + e.
     sizes = [len(dataset) for dataset in datasets]
     firsts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     small = np.uint16 if index.sequence_length < np.iinfo(np.uint16).max else np.uint32
     lengths = np.zeros(firsts[-1], small)
-    target_tokens = np.zeros(firsts[-1] if batch_size else 0, small)
+    target_tokens = np.zeros(firsts[-1] if has_loss else 0, small)
     for first, last, examples in zip(firsts[:-1].tolist(), firsts[1:].tolist(), readable, strict=True):
         fitting = examples.fitting
         lengths[first:last][fitting.ids] = fitting.lengths
-        if batch_size:
+        if has_loss:
             target_tokens[first:last][fitting.ids] = fitting.target_tokens
     times = np.zeros(firsts[-1], np.uint32)
     loss = np.zeros(len(target_tokens), np.float64)
     row_tokens = np.zeros(rows, np.int32)
     with Progress("count", total=rows, unit="rows") as progress:
-        for begin, end in _row_blocks(index, rows, step=batch_size or 1):
+        for begin, end in _row_blocks(index, rows, batches):
             offsets = np.asarray(index.row_offsets[begin : end + 1])
             segments = slice(int(offsets[0]), int(offsets[-1]))
             numbers = firsts[index.dataset_ids[segments]] + index.example_ids[segments]
@@ -82,25 +84,28 @@ def count_draws(
             row_tokens[begin:end] = np.add.reduceat(lengths[numbers], starts, dtype=np.int64)
             if micro_batch_size:
                 np.add.at(loss, numbers, _micro_batch_weights(target_tokens[numbers] > 0, starts[::micro_batch_size]))
-            if global_batch_size:
+            if step_rows:
                 found = np.asarray(index.dataset_ids[segments])
-                parts = _dataset_weights(target_tokens[numbers], found, starts[::global_batch_size])
+                steps = range(step_rows.step_of(begin), step_rows.step_of(end - 1) + 1)
+                firsts_of_steps = [step_rows.before(step) - begin for step in steps]
+                parts = _dataset_weights(target_tokens[numbers], found, starts[firsts_of_steps])
                 np.add.at(loss, numbers, parts)
             progress.advance(end - begin)
     places = list(zip(firsts[:-1].tolist(), firsts[1:].tolist(), strict=True))
     return Draws(
         times=[times[first:last] for first, last in places],
-        batch_loss=[loss[first:last] for first, last in places] if batch_size else None,
+        batch_loss=[loss[first:last] for first, last in places] if has_loss else None,
         row_tokens=row_tokens,
     )
 
 
-def _row_blocks(index: PackingIndex, rows: int, *, step: int) -> Iterator[tuple[int, int]]:
+def _row_blocks(index: PackingIndex, rows: int, batches: StepRows) -> Iterator[tuple[int, int]]:
     """Cut the rows into blocks of about `BLOCK_SEGMENTS` segments, each a whole number of batches."""
     begin = 0
     while begin < rows:
         reached = int(np.searchsorted(index.row_offsets, index.row_offsets[begin] + BLOCK_SEGMENTS, side="right")) - 1
-        end = begin + max(step, (reached - begin) // step * step)
+        first = batches.step_of(begin)
+        end = batches.before(max(first + 1, batches.step_of(reached)))
         yield begin, min(end, rows)
         begin = end
 

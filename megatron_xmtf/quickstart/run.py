@@ -167,7 +167,7 @@ class _Quickstart:
             open_datasets(config.data.training_datasets),
             data=config.data,
             sequence_length=config.batch.sequence_length,
-            rows_needed=config.train_steps * config.batch.global_batch_size,
+            rows_needed=config.train_rows,
             seed=config.seed,
             directory=index_directory(config),
         )

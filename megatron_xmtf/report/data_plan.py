@@ -28,7 +28,7 @@ def data_plan_page(plan: DataPlan, *, title: str) -> Page:
     Args:    title: the configuration that was planned, as the user named it.
     """
     run, lengths = plan["run"], plan["lengths"]
-    page = Page("Data plan", subtitle=f"{title} · {run['steps']:,} steps of {run['rows_per_step']:,} rows")
+    page = Page("Data plan", subtitle=f"{title} · {run['steps']:,} steps of {run['rows_per_step']:,.0f} rows")
     page.key_figure(f"{run['examples']:,}", "examples", detail=f"{run['epochs']:,.2f} epochs")
     page.key_figure(_short(run["tokens"]), "tokens", detail=f"{_short(run['tokens_per_step'])} a step")
     page.key_figure(

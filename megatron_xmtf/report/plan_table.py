@@ -103,8 +103,8 @@ def _word_run(plan: DataPlan) -> str:
         ),
         (
             "a step",
-            f"{run['rows_per_step']:,} rows, {run['examples_per_step']:,.0f} examples, {run['tokens_per_step']:,.0f} "
-            f"tokens, {run['target_tokens_per_step']:,.0f} targets",
+            f"{run['rows_per_step']:,.0f} rows, {run['examples_per_step']:,.0f} examples, "
+            f"{run['tokens_per_step']:,.0f} tokens, {run['target_tokens_per_step']:,.0f} targets",
         ),
         (
             "rows",

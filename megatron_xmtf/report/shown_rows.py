@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypedDict
 
+from megatron_xmtf.config.step_rows import StepRows
 from megatron_xmtf.data.batch import LossNormalization, build_batch
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.rows import PackedRows, Row, pack_examples
@@ -77,21 +78,22 @@ def show_row(
     tokenizer: Tokenizer | None,
     normalization: LossNormalization | None,
     micro_batch_size: int,
-    global_batch_size: int,
+    step_rows: StepRows,
 ) -> ShownRow:
     """Describe one row.
 
     Args:    normalization: of the run; None: weights are 0 or 1. micro_batch_size: rows of a micro-batch; the weights
-             of `target_sequence_per_micro_batch` depend on the rows beside it. global_batch_size: rows of a step; the
-             weights of `dataset` depend on all of them.
+             of `target_sequence_per_micro_batch` depend on the rows beside it. step_rows: of the run; the weights of
+             `dataset` depend on all rows of the step.
     Raises:  IndexError: there is no such row. DatasetError: as `PackedRows`.
     """
     first = number // micro_batch_size * micro_batch_size
     together = [rows[place] for place in range(first, min(first + micro_batch_size, len(rows)))]
     counts = None
     if normalization == "dataset":
-        step = number // global_batch_size * global_batch_size
-        counts = count_target_tokens(rows, step, count=min(global_batch_size, len(rows) - step))
+        step = step_rows.step_of(number)
+        begin = step_rows.before(step)
+        counts = count_target_tokens(rows, begin, count=min(step_rows.of(step), len(rows) - begin))
     batch = build_batch(together, normalization=normalization or "target_token", dataset_target_tokens=counts)
     row = together[number - first]
     weights = [0.0, *batch.loss_weights[number - first].tolist()]

@@ -68,7 +68,8 @@ class DryRun:
     parameters: int
     """Numbers in the whole model, each once, without padding of the vocabulary."""
     train_steps: int
-    tokens_per_step: int
+    tokens_per_step: float
+    """On average: steps of a batch-size ramp are smaller."""
     training_tokens: int
 
     def to_mapping(self) -> dict[str, Any]:
@@ -80,7 +81,7 @@ class DryRun:
         tp, pp, dp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.data_parallel_size
         lines = [
             f"{self.parameters:,} parameters over {tp * pp * dp} ranks: TP{tp} x PP{pp} x DP{dp}",
-            f"{self.train_steps:,} steps x {self.tokens_per_step:,} tokens = {self.training_tokens:,} tokens",
+            f"{self.train_steps:,} steps x {self.tokens_per_step:,.0f} tokens = {self.training_tokens:,} tokens",
             "",
             f"{'stage':<10}{'layers':>7}  {'holds':<16}{'parameters':>16}{'weights':>10}{'gradients':>11}"
             f"{'optimizer':>11}{'together':>10}   GiB a rank, activations not counted",
@@ -106,7 +107,7 @@ def dry_run(config: RunConfig, *, world_size: int, allowed_changes: Sequence[str
     """
     prepared = prepare_run(config, world_size=world_size, allowed_changes=allowed_changes, import_model=False)
     stages, parameters = size_stages(prepared.architecture, config, world_size=world_size)
-    tokens_per_step = config.batch.global_batch_size * config.batch.sequence_length
+    training_tokens = config.train_rows * config.batch.sequence_length
     return DryRun(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
@@ -114,8 +115,8 @@ def dry_run(config: RunConfig, *, world_size: int, allowed_changes: Sequence[str
         stages=stages,
         parameters=parameters,
         train_steps=config.train_steps,
-        tokens_per_step=tokens_per_step,
-        training_tokens=config.train_steps * tokens_per_step,
+        tokens_per_step=training_tokens / config.train_steps,
+        training_tokens=training_tokens,
     )
 
 

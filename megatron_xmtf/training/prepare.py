@@ -152,16 +152,18 @@ def open_validation_rows(prepared: PreparedRun) -> dict[str, tuple[ExampleDatase
 
 
 def _check_global_batch(config: RunConfig, data_parallel_size: int) -> None:
-    micro, total = config.batch.micro_batch_size, config.batch.global_batch_size
-    require_even_deal(total, micro, data_parallel_size)
-    share = micro * data_parallel_size
-    chunks = config.parallel.virtual_pipeline_model_parallel_size
-    stages = config.parallel.pipeline_model_parallel_size
-    if chunks is not None and (total // share) % stages:
-        raise ConfigError(
-            f"{total // share} micro-batches a step are not a multiple of pipeline_model_parallel_size={stages}, which "
-            f"a virtual pipeline needs; use a global_batch_size that is a multiple of {share * stages}."
-        )
+    batch, stages = config.batch, config.parallel.pipeline_model_parallel_size
+    require_even_deal(batch.step_rows, batch.micro_batch_size, data_parallel_size)
+    if config.parallel.virtual_pipeline_model_parallel_size is None:
+        return
+    share = batch.micro_batch_size * data_parallel_size
+    for size in batch.step_rows.sizes:
+        if size // share % stages:
+            ramp = "" if batch.rampup_batch_size is None else ", and a rampup_batch_size whose start and increment are"
+            raise ConfigError(
+                f"{size // share} micro-batches a step are not a multiple of pipeline_model_parallel_size={stages}, "
+                f"which a virtual pipeline needs; use a global_batch_size that is a multiple of {share * stages}{ramp}."
+            )
 
 
 def _start_point(config: RunConfig, allowed_changes: Sequence[str]) -> StartPoint:
@@ -245,7 +247,7 @@ def _index(config: RunConfig, datasets: Sequence[ExampleDataset]) -> PackingInde
         datasets,
         data=config.data,
         sequence_length=config.batch.sequence_length,
-        rows_needed=config.train_steps * config.batch.global_batch_size,
+        rows_needed=config.train_rows,
         seed=config.seed,
         directory=index_directory(config),
         guards=drop_flagged(config, datasets, build=config.data.build_index),

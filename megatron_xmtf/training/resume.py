@@ -28,8 +28,8 @@ FREE_KEYS = (
     "data.validation",
 )
 
-FIXED_KEY = "batch.global_batch_size"
-"""Never let through: step x global_batch_size is the cursor; rows would be read twice or not at all."""
+FIXED_KEYS = ("batch.global_batch_size", "batch.rampup_batch_size")
+"""Never let through: with the step they are the place in the data; rows would be read twice or not at all."""
 
 
 def check_same_run(config: RunConfig, saved: Mapping[str, Any], *, allowed_changes: Sequence[str]) -> None:
@@ -39,11 +39,12 @@ def check_same_run(config: RunConfig, saved: Mapping[str, Any], *, allowed_chang
     Raises:  ConfigMismatchError: every differing key with both values, and how to allow it.
     """
     now, before = _flat(config.model_dump(mode="json")), _flat(saved)
-    if now[FIXED_KEY] != before.get(FIXED_KEY):
-        raise ConfigMismatchError(
-            f"{FIXED_KEY} is {now[FIXED_KEY]}, the resumed checkpoint's is {before.get(FIXED_KEY)}: the place "
-            "in the data would be lost. Put it back, or start a new run with model=CHECKPOINT and another output."
-        )
+    for key in sorted(now.keys() | before.keys()):
+        if key.startswith(FIXED_KEYS) and now.get(key) != before.get(key):
+            raise ConfigMismatchError(
+                f"{key} is {now.get(key)}, the resumed checkpoint's is {before.get(key)}: the place in the data would "
+                "be lost. Put it back, or start a new run with model=CHECKPOINT and another output."
+            )
     free = list(FREE_KEYS) + list(allowed_changes)
     if config.schedule.lr_decay_style in ("constant", "inverse_square_root"):
         # These rates do not know the end of the run: it may be made longer.

@@ -74,8 +74,10 @@ class RunLog:
 
     def _eta_seconds(self, step: int) -> float:
         """Return the time to the last step at the mean pace so far, validation and checkpoints included."""
-        done = step - self.prepared.start.step
-        return (time.monotonic() - self._started) / done * (self.config.train_steps - step)
+        # In rows: steps of a batch-size ramp are shorter.
+        rows = self.config.batch.step_rows
+        done = rows.before(step) - rows.before(self.prepared.start.step)
+        return (time.monotonic() - self._started) / done * (self.config.train_rows - rows.before(step))
 
     def _open_trackers(self) -> None:
         """Open on rank 0 what is written to; all ranks raise its error together, for none may wait for it."""

@@ -12,8 +12,8 @@ __all__ = ["learning_rate"]
 def learning_rate(config: RunConfig, step: int) -> float:
     """Return the rate of the update that ends `step` (from 1).
 
-    All lengths are counted in rows; given in steps they are steps * global_batch_size. With n the rows trained on when
-    the step ends, w those of the warm-up, d those of the final decay and N those of the run:
+    All lengths are counted in rows; one given in steps is the rows of these steps, the first ones or the last. With n
+    the rows trained on when the step ends, w those of the warm-up, d those of the final decay and N those of the run:
 
         warm-up              lr * n / w                                          n <= w
         constant             lr
@@ -33,11 +33,16 @@ def learning_rate(config: RunConfig, step: int) -> float:
         linear       0.5  1.0  0.75 0.5  0.25 0.0
         wsd, linear  0.5  1.0  1.0  1.0  0.5  0.0
 
+    and with a batch-size ramp of 2 2 4 4 4 4 rows, so that w = 4, d = 8, N = 20:
+
+        n            2    4    8    12   16   20
+        linear       0.5  1.0  0.75 0.5  0.25 0.0
+        wsd, linear  0.5  1.0  1.0  1.0  0.5  0.0
+
     Source:  Megatron-Core's OptimizerParamScheduler; for wsd Hu et al. 2024, arXiv:2404.06395.
     """
     schedule, peak = config.schedule, config.optimizer.lr
-    batch = config.batch.global_batch_size
-    now, end, warmup = step * batch, config.train_steps * batch, config.warmup_rows
+    now, end, warmup = config.batch.step_rows.before(step), config.train_rows, config.warmup_rows
     if now < warmup:
         return peak * now / warmup
     if schedule.lr_decay_style == "constant":

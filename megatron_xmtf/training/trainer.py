@@ -96,7 +96,7 @@ class Trainer:
         self.loader = BatchLoader(
             rows,
             micro_batch_size=self.config.batch.micro_batch_size,
-            global_batch_size=self.config.batch.global_batch_size,
+            step_rows=self.config.batch.step_rows,
             data_parallel_rank=topology.dp_rank,
             data_parallel_size=topology.dp_size,
             normalization=self.config.loss.normalization,
@@ -224,7 +224,7 @@ class Trainer:
                 optimizer=self.optimizer if self.config.checkpoint.save_optimizer else None,
                 step=self.step,
                 config=self.config,
-                consumed_rows=self.step * self.config.batch.global_batch_size,
+                consumed_rows=self.config.batch.step_rows.before(self.step),
                 hf_files=self.hf_files,
             )
         # The checkpoint that the run was resumed from may be pruned; the newest one never is.

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from megatron_xmtf.config.step_rows import StepRows
 from megatron_xmtf.data.loader import BatchLoader, validation_batches
 from megatron_xmtf.data.packing import pack_dataset, pack_mixture
 from megatron_xmtf.data.rows import PackedRows
@@ -20,7 +21,7 @@ def loader(rows, rank=0, *, micro=1, ranks=1, global_batch=8):
     return BatchLoader(
         rows,
         micro_batch_size=micro,
-        global_batch_size=global_batch,
+        step_rows=StepRows(global_batch),
         data_parallel_rank=rank,
         data_parallel_size=ranks,
         normalization="target_sequence",

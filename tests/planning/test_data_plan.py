@@ -38,7 +38,7 @@ def count_rows(config: RunConfig) -> dict[str, Any]:
         datasets,
         data=config.data,
         sequence_length=config.batch.sequence_length,
-        rows_needed=config.train_steps * config.batch.global_batch_size,
+        rows_needed=config.train_rows,
         seed=config.seed,
         directory=index_directory(config),
     )
@@ -46,7 +46,7 @@ def count_rows(config: RunConfig) -> dict[str, Any]:
     loader = BatchLoader(
         rows,
         micro_batch_size=config.batch.micro_batch_size,
-        global_batch_size=config.batch.global_batch_size,
+        step_rows=config.batch.step_rows,
         data_parallel_rank=0,
         data_parallel_size=1,
         normalization=config.loss.normalization,
@@ -335,7 +335,7 @@ def test_each_dataset_of_a_step_has_the_same_part_of_the_loss(prefixes: list[str
         datasets,
         data=config.data,
         sequence_length=config.batch.sequence_length,
-        rows_needed=config.train_steps * config.batch.global_batch_size,
+        rows_needed=config.train_rows,
         seed=config.seed,
         directory=index_directory(config),
     )
@@ -343,7 +343,7 @@ def test_each_dataset_of_a_step_has_the_same_part_of_the_loss(prefixes: list[str
     loader = BatchLoader(
         rows,
         micro_batch_size=1,
-        global_batch_size=config.batch.global_batch_size,
+        step_rows=config.batch.step_rows,
         data_parallel_rank=0,
         data_parallel_size=1,
         normalization="dataset",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_xmtf.config.step_rows import StepRows
 from megatron_xmtf.data.batch import LossNormalization, build_batch
 from megatron_xmtf.data.loader import BatchLoader
 from megatron_xmtf.data.packing import pack_mixture
@@ -112,7 +113,7 @@ def test_a_step_is_the_same_for_any_micro_batch_and_data_parallel_size(normaliza
                 loader = BatchLoader(
                     rows,
                     micro_batch_size=micro,
-                    global_batch_size=8,
+                    step_rows=StepRows(8),
                     data_parallel_rank=rank,
                     data_parallel_size=ranks,
                     normalization=normalization,
