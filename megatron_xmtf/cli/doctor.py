@@ -230,13 +230,7 @@ def examine_kernels() -> dict[str, dict[str, str]]:
         "fp32": choose_packed_attention("auto", precision="fp32"),
         "bf16": choose_packed_attention("auto", precision="bf16"),
     }
-    # An implementation is named by its file: kernels/packed_attention/sdpa.py is sdpa.
-    return {
-        "packed attention": {
-            precision: str(getattr(function, "__module__", "?")).rsplit(".", 1)[-1]
-            for precision, function in chosen.items()
-        }
-    }
+    return {"packed attention": {precision: attention.name for precision, attention in chosen.items()}}
 
 
 def worded(found: dict[str, Any]) -> str:

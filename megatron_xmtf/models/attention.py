@@ -16,8 +16,9 @@ __all__ = ["PackedCoreAttention"]
 class PackedCoreAttention(nn.Module):
     """Attention between projections: query, key, value [s, b, heads / tp, head_dim] -> [s, b, hidden / tp].
 
-    `attention_bias` [b, heads / tp, s, s] holds ALiBi and the segment mask; it is made once a forward pass, for all
-    layers, by `BloomModel`. It needs no gradient, so that recomputation may close over it.
+    `attention_bias` is what the kernel's `prepare` made of the segments, by `BloomModel`, once a forward pass for all
+    layers: a dense bias, or the places of the segments. Megatron-Core hands it through as it is. It needs no gradient,
+    so that recomputation may close over it.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class PackedCoreAttention(nn.Module):
         **unused: Any,
     ) -> None:
         super().__init__()
-        self.attention = attention
+        self.attend = attention.attend
         self.dropout = config.attention_dropout
         self.is_forked_already = config.sequence_parallel
 
@@ -41,7 +42,7 @@ class PackedCoreAttention(nn.Module):
         value: Tensor,
         attention_mask: Tensor | None,
         *,
-        attention_bias: Tensor,
+        attention_bias: Any,
         attn_mask_type: Any = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
@@ -50,7 +51,7 @@ class PackedCoreAttention(nn.Module):
         if dropout == 0.0 or self.is_forked_already:
             # Under sequence parallelism Megatron-Core forks the generator around the whole block; forked once more
             # inside, hidden and attention dropout would draw the same numbers, and recomputation other ones.
-            return self.attention(query, key, value, attention_bias, dropout=dropout)
+            return self.attend(query, key, value, attention_bias, dropout=dropout)
         # Heads differ between tensor-parallel ranks, so must their dropout masks.
         with get_cuda_rng_tracker().fork():
-            return self.attention(query, key, value, attention_bias, dropout=dropout)
+            return self.attend(query, key, value, attention_bias, dropout=dropout)

@@ -31,7 +31,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_xmtf.kernels.packed_attention import PackedAttention
-from megatron_xmtf.kernels.packed_attention.reference import alibi_slopes, packed_bias
+from megatron_xmtf.kernels.packed_attention.reference import alibi_slopes
 from megatron_xmtf.models.architecture import BloomArchitecture
 from megatron_xmtf.models.attention import PackedCoreAttention
 from megatron_xmtf.models.head import VocabularyHead
@@ -86,7 +86,7 @@ class BloomModel(LanguageModule):
         vp_stage: int | None,
     ) -> None:
         super().__init__(config=config)
-        self.architecture = architecture
+        self.architecture, self.attention = architecture, attention
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = True
         self.model_type = ModelType.encoder_or_decoder
@@ -118,6 +118,10 @@ class BloomModel(LanguageModule):
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.decoder.set_input_tensor(tensor)
 
+    def prepare_attention(self, segment_ids: Tensor) -> Any:
+        """Return what the attention of every layer needs to know of the segments; segment_ids: int64 [b, s]."""
+        return self.attention.prepare(segment_ids, self.slopes)
+
     def forward(
         self,
         tokens: Tensor,
@@ -136,7 +140,7 @@ class BloomModel(LanguageModule):
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            attention_bias=packed_bias(segment_ids, self.slopes),
+            attention_bias=self.prepare_attention(segment_ids),
         )
         if not self.post_process:
             return hidden

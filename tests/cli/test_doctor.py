@@ -38,7 +38,7 @@ def test_this_machine_can_start_a_run(capsys: pytest.CaptureFixture[str], tmp_pa
     if not torch.cuda.is_available():
         assert found["device"]["kind"] == "cpu" and "CPU adapter" in found["device"]["engine"]
         assert found["ranks"] == {"started": 2, "backend": "gloo"}
-    assert found["kernels"] == {"packed attention": {"fp32": "sdpa", "bf16": "reference"}}
+    assert found["kernels"] == {"packed attention": {"fp32": "segments", "bf16": "segments"}}
     assert found["machine"]["cores"] <= (os.cpu_count() or 1)
     assert found["machine"]["memory_gib"] > 0 and found["machine"]["free_disk_gib"] > 0
     assert found["optional"].keys() == doctor.OPTIONAL.keys()
@@ -49,7 +49,7 @@ def test_the_printed_form_says_the_same(capsys: pytest.CaptureFixture[str], with
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == "a run can start here"
     assert f"megatron-core       {metadata.version('megatron-core')}" in printed
-    assert "packed attention  fp32: sdpa, bf16: reference" in printed
+    assert "packed attention  fp32: segments, bf16: segments" in printed
     assert "PROBLEM" not in printed
 
 

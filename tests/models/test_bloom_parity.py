@@ -60,8 +60,8 @@ def rank_logits(
         straight = bloom.alibi_slopes
         bloom.alibi_slopes = lambda heads: -straight(heads)
     if fault == "leaked segment":
-        masked = bloom.packed_bias
-        bloom.packed_bias = lambda segment_ids, slopes: masked(torch.ones_like(segment_ids), slopes)
+        prepare = bloom.BloomModel.prepare_attention
+        bloom.BloomModel.prepare_attention = lambda model, segment_ids: prepare(model, torch.ones_like(segment_ids))
     chunks = build_model(architecture_from_hf(hf_config), parallel=parallel)
     load_model_weights(chunks, checkpoint)
     if fault == "swapped QKV":

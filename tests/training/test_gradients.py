@@ -112,7 +112,9 @@ def test_a_leaked_segment_is_seen(
 ) -> None:
     import megatron_xmtf.models.bloom as bloom
 
-    masked = bloom.packed_bias
-    monkeypatch.setattr(bloom, "packed_bias", lambda segment_ids, slopes: masked(torch.ones_like(segment_ids), slopes))
+    prepare = bloom.BloomModel.prepare_attention
+    monkeypatch.setattr(
+        bloom.BloomModel, "prepare_attention", lambda model, segment_ids: prepare(model, torch.ones_like(segment_ids))
+    )
     gradients = ours(run_config, "TP1", packed_rows(count_multiple=4), "target_sequence")
     assert worst(gradients, expected_gradients(tiny_hf, "target_sequence"))[0] > 100 * TOLERANCE

@@ -1,4 +1,4 @@
-"""Causal attention within the segments of packed rows, with ALiBi: `reference` in plain torch, `sdpa` of torch."""
+"""Causal attention within the segments of packed rows, with ALiBi: dense or by segment."""
 
 from megatron_xmtf.kernels.packed_attention.choose import PackedAttention, choose_packed_attention
 

@@ -1,42 +1,75 @@
-"""Choose the implementation of packed attention, once, and say which."""
+"""Choose the implementation of packed attention, once, and say which.
+
+kernels.attention   device   precision          work of a row of s tokens in segments of l
+segments            cpu      any                sum of l^2                 auto on a CPU
+sdpa                any      fp32               s^2, dense fp32 bias       auto on a GPU in fp32
+reference           any      any                s^2, scores kept           auto on a GPU in bf16 and fp16
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import Literal, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from megatron_xmtf.errors import ConfigError
-from megatron_xmtf.kernels.packed_attention import reference, sdpa
+from megatron_xmtf.kernels.packed_attention import reference, sdpa, segments
 
 __all__ = ["PackedAttention", "choose_packed_attention"]
 
 logger = logging.getLogger(__name__)
 
 
-class PackedAttention(Protocol):
-    """What an implementation looks like; see `reference.packed_attention` for shapes."""
+@dataclass(frozen=True)
+class PackedAttention:
+    """One implementation, in two parts: what all layers of a forward pass share, and the attention of one layer."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *, dropout: float = 0.0) -> Tensor:
-        """Return the context, [s, b, n * d]."""
-        ...
+    name: str
+    """As `kernels.attention` says it."""
+    prepare: Callable[[Tensor, Tensor], Any]
+    """segment_ids int [b, s], slopes fp32 [n] -> what `attend` needs to know of the segments; without gradient."""
+    attend: Callable[..., Tensor]
+    """query, key, value [s, b, n, d], what `prepare` returned, dropout -> [s, b, n * d]; see `reference`."""
+
+
+IMPLEMENTATIONS = {
+    "reference": PackedAttention("reference", reference.packed_bias, reference.packed_attention),
+    "sdpa": PackedAttention("sdpa", reference.packed_bias, sdpa.packed_attention),
+    "segments": PackedAttention("segments", segments.find_segments, segments.packed_attention),
+}
 
 
 def choose_packed_attention(
-    wish: Literal["auto", "reference", "sdpa"], *, precision: Literal["fp32", "bf16", "fp16"]
+    wish: Literal["auto", "reference", "sdpa", "segments"],
+    *,
+    precision: Literal["fp32", "bf16", "fp16"],
+    device: Literal["cpu", "cuda"] | None = None,
 ) -> PackedAttention:
     """Return the implementation for a run.
 
-    auto is sdpa in fp32 and the reference in half precision (where torch cannot keep the bias in fp32).
-
+    Args:    device: None: where this machine computes, a GPU if it has one.
     Raises:  ConfigError: the wish cannot be met.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if wish == "sdpa" and precision != "fp32":
         raise ConfigError(
             f"kernels.attention=sdpa needs precision=fp32, it is {precision}: torch would round the ALiBi bias to "
             f"{precision}. Use auto or reference."
         )
-    chosen = ("sdpa" if precision == "fp32" else "reference") if wish == "auto" else wish
-    logger.info("packed attention: %s", chosen)
-    return sdpa.packed_attention if chosen == "sdpa" else reference.packed_attention
+    if wish == "segments" and device == "cuda":
+        raise ConfigError(
+            "kernels.attention=segments is made for a CPU, and this run computes on a GPU: it would wait for the "
+            "device in every step to learn the lengths of the segments. Use auto, reference or sdpa."
+        )
+    if wish != "auto":
+        name: str = wish
+    elif device == "cpu":
+        name = "segments"
+    else:
+        name = "sdpa" if precision == "fp32" else "reference"
+    logger.info("packed attention: %s", name)
+    return IMPLEMENTATIONS[name]
