@@ -218,7 +218,9 @@ def test_full_disk_leaves_nothing(tmp_path: Path, tokenizer_directory: Path, mon
 def test_killed_worker_ends_the_run(tmp_path: Path, tokenizer_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import multiprocessing
 
-    source = write(tmp_path / "r.jsonl", *many_records(6000))
+    # More chunks of 1 MiB than two workers are given ahead (6): some are not handed out when the first comes back.
+    source = write(tmp_path / "r.jsonl", *many_records(24_000))
+    assert source.stat().st_size > 8 << 20
     add = ExampleDatasetWriter.add
 
     def add_and_kill(*arguments: object, **options: object) -> None:

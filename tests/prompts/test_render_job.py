@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -304,15 +303,25 @@ def test_killed_and_run_again(directory: Path) -> None:
     both = entry(languages=["et", "sw"], variants=["plain", "3shot"])
     assert render(directory, both) == 0
     before = contents(directory / "out")
-    command = [sys.executable, "-m", "megatron_xmtf", "render", "--job", str(directory / "job.yaml")]
+    program = (
+        "import os, signal, sys\n"
+        "from megatron_xmtf.cli import main\n"
+        "from megatron_xmtf.prompts import output_file\n"
+        "from megatron_xmtf.prompts.part_files import _PartWriter\n"
+        "output_file.BUFFER_BYTES = 1000\n"
+        "take, calls = _PartWriter.take, []\n"
+        "def take_and_die(writer, lines):\n"
+        "    take(writer, lines)\n"
+        "    calls.append(lines)\n"
+        "    if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "_PartWriter.take = take_and_die\n"
+        "if __name__ == '__main__': main(sys.argv[1:])\n"
+    )
+    (directory / "dying.py").write_text(program)
+    command = [sys.executable, str(directory / "dying.py"), "render", "--job", str(directory / "job.yaml")]
     command += ["--output-directory", str(directory / "killed")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    # As soon as something is being written: the run is in the middle of its first or second part then.
-    deadline = time.monotonic() + 60
-    while not list((directory / "killed").rglob("*.tmp-lines")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    assert list((directory / "killed").rglob("*.tmp-lines")), "it died in the middle of a part"
     assert not (directory / "killed" / "summary.json").exists()
     assert main(["render", "--job", str(directory / "job.yaml"), "--output-directory", str(directory / "killed")]) == 0
     assert contents(directory / "killed") == before
