@@ -17,11 +17,11 @@ def rows():
     return PackedRows(datasets, pack_mixture(datasets, sequence_length=31, rows_needed=64, seed=3), pad_id=0)
 
 
-def loader(rows, rank=0, *, micro=1, ranks=1, global_batch=8):
+def loader(rows, rank=0, *, micro=1, ranks=1, global_batch=8, step_rows=None):
     return BatchLoader(
         rows,
         micro_batch_size=micro,
-        step_rows=StepRows(global_batch),
+        step_rows=step_rows or StepRows(global_batch),
         data_parallel_rank=rank,
         data_parallel_size=ranks,
         normalization="target_sequence",
@@ -59,6 +59,34 @@ def test_a_step_is_a_pure_function(rows):
     other.micro_batches(0)
     for a, b in zip(one.micro_batches(4), other.micro_batches(4), strict=True):
         assert a.tokens.equal(b.tokens) and a.loss_weights.equal(b.loss_weights)
+
+
+RAMP = StepRows(16, 4, 4, 24)
+"""Increments after 8, 16 and 24 rows: steps of 4, 4, 8, 12, 16, 16 ... rows."""
+
+
+@pytest.mark.parametrize(("micro", "ranks"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)])
+def test_a_ramp_reads_the_same_rows_in_the_same_order_whatever_the_layout(rows, micro, ranks):
+    for step, (begin, end) in enumerate([(0, 4), (4, 8), (8, 16), (16, 28), (28, 44), (44, 60)]):
+        dealt = [
+            row_numbers(rows, loader(rows, rank, micro=micro, ranks=ranks, step_rows=RAMP).micro_batches(step))
+            for rank in range(ranks)
+        ]
+        # Micro-batch m of rank r comes after the same one of rank r - 1 and before all others.
+        in_order = [number for places in zip(*dealt, strict=True) for batch in places for number in batch]
+        assert in_order == list(range(begin, end))
+
+
+@pytest.mark.parametrize(
+    ("step_rows", "hint"),
+    [
+        (StepRows(16, 6, 10, 8), r"rampup_batch_size.start=6 is not a multiple .* = 2 x 2; use 4 or 8"),
+        (StepRows(16, 4, 6, 8), r"rampup_batch_size.increment=6 is not a multiple .* = 2 x 2; use 4 or 8"),
+    ],
+)
+def test_every_size_of_a_ramp_must_be_dealt_evenly(rows, step_rows, hint):
+    with pytest.raises(ConfigError, match=hint):
+        loader(rows, micro=2, ranks=2, step_rows=step_rows)
 
 
 @pytest.mark.parametrize(

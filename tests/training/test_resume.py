@@ -85,6 +85,22 @@ def test_the_global_batch_is_the_cursor_and_never_changes() -> None:
         check_same_run(run(batch={"global_batch_size": 8}), saved(run()), allowed_changes=["batch"])
 
 
+def test_a_batch_size_ramp_is_part_of_the_cursor_and_never_changes() -> None:
+    ramp = {"start": 1024, "increment": 512, "rows": 100_000}
+    before = run(batch={"rampup_batch_size": ramp})
+    check_same_run(before, saved(before), allowed_changes=[])
+    changed = run(batch={"rampup_batch_size": {**ramp, "rows": 90_000}})
+    with pytest.raises(
+        ConfigMismatchError, match="rampup_batch_size.rows is 90000, the resumed checkpoint's is 100000"
+    ):
+        check_same_run(changed, saved(before), allowed_changes=["batch"])
+    with pytest.raises(ConfigMismatchError, match="rampup_batch_size.increment is None, .* 512: the place in the data"):
+        check_same_run(run(), saved(before), allowed_changes=["batch"])
+    without = saved(run())
+    del without["batch"]["rampup_batch_size"]  # a checkpoint from before there were ramps
+    check_same_run(run(), without, allowed_changes=[])
+
+
 def test_micro_batches_are_part_of_a_loss_that_is_divided_within_them() -> None:
     loss = {"normalization": "target_sequence_per_micro_batch"}
     with pytest.raises(ConfigMismatchError, match=r"batch\.micro_batch_size: 1 -> 4"):

@@ -110,6 +110,28 @@ def test_warm_up_in_rows_need_not_end_with_a_step() -> None:
     assert rates(run(batch=8, lr_warmup_rows=16)) == rates(run(batch=8, lr_warmup_steps=2))
 
 
+def ramped(**schedule: Any) -> RunConfig:
+    """Return a run of 2, 2, 4, 6, 8 and 8 rows a step: 2, 4, 8, 14, 22 and 30 rows when they end."""
+    config = run(batch=8, train_steps=6, **schedule).model_dump(mode="json")
+    config["batch"]["rampup_batch_size"] = {"start": 2, "increment": 2, "rows": 12}
+    return config_from_mapping(config, RunConfig, source="test")
+
+
+def test_under_a_batch_size_ramp_rates_move_with_the_rows() -> None:
+    assert rates(ramped(lr_decay_style="linear")) == pytest.approx([(30 - n) / 30 for n in (2, 4, 8, 14, 22, 30)])
+    # Three steps of warm-up are their 8 rows.
+    found = rates(ramped(lr_warmup_steps=3, lr_decay_style="linear"))
+    assert found == pytest.approx([2 / 8, 4 / 8, 1, (30 - 14) / 22, (30 - 22) / 22, 0])
+    assert rates(ramped(lr_warmup_rows=8, lr_decay_style="linear")) == found
+    cosine = [0.5 * (1 + math.cos(math.pi * (n - 8) / 22)) for n in (14, 22, 30)]
+    assert rates(ramped(lr_warmup_steps=3, lr_decay_style="cosine"))[3:] == pytest.approx(cosine, abs=1e-12)
+    # The last two steps are the 16 rows from 14 on; so is 8 / 15 of the run.
+    for length in ({"lr_wsd_decay_steps": 2}, {"lr_wsd_decay_rows": 16}, {"lr_wsd_decay_fraction": 8 / 15}):
+        assert rates(ramped(lr_decay_style="wsd", **length)) == pytest.approx([1, 1, 1, 1, 0.5, 0])
+    roots = [math.sqrt(4 / n) for n in (8, 14, 22, 30)]
+    assert rates(ramped(lr_warmup_rows=4, lr_decay_style="inverse_square_root")) == pytest.approx([0.5, 1, *roots])
+
+
 STEPS, WARMUP, DECAY, PEAK = 40, 6, 10, 3e-4
 
 
