@@ -45,6 +45,26 @@ def tiny_checkpoint(tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
+def tiny_mt5_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory with a tiny random mT5 (4 + 3 layers) and its tokenizer."""
+    from tests.tiny import write_tiny_mt5
+
+    directory = tmp_path_factory.mktemp("mt5_hf")
+    write_tiny_mt5(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_mt5_checkpoint(tiny_mt5_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny mT5, imported."""
+    from megatron_xmtf.conversion.huggingface import import_huggingface
+
+    directory = tmp_path_factory.mktemp("mt5_imported") / "checkpoint"
+    import_huggingface(tiny_mt5_hf, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def tiny_pairs(tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prefix of 400 preprocessed examples in two languages."""
     from megatron_xmtf.data.preprocess import preprocess
