@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megatron_xmtf.config.mixture import ColumnName, MixtureConfig, MixtureEntry, SelectionConfig, check_weights
+from megatron_xmtf.config.objective import Objective, ObjectiveConfig
 from megatron_xmtf.config.section import Fraction, PositiveInt, Section
 
 __all__ = ["DataConfig", "DatasetConfig", "GuardsConfig"]
@@ -23,6 +24,8 @@ class DatasetConfig(SelectionConfig):
     """Name in reports. Default: the last part of `prefix`."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Relative number of examples drawn from this dataset. None for all: each example once an epoch."""
+    objective: Objective | None = None
+    """What examples are made of the documents of a text dataset. None: inputs and targets as they are, texts whole."""
 
 
 class GuardsConfig(Section):
@@ -108,7 +111,10 @@ class DataConfig(Section):
         """Every dataset of the training mixture once, in the order of its first appearance."""
         mixture = self.training_mixture
         names = mixture.dataset_names()
-        return [DatasetConfig(prefix=mixture.path(prefix), name=name) for prefix, name in names.items()]
+        return [
+            DatasetConfig(prefix=mixture.path(source.prefix), name=name, objective=source.objective)
+            for source, name in names.items()
+        ]
 
     @property
     def validation_datasets(self) -> list[DatasetConfig]:
@@ -118,9 +124,10 @@ class DataConfig(Section):
             return self.validation
         names = mixture.dataset_names()
         held_out: list[DatasetConfig] = []
-        for prefix, selections, _ in mixture.selections():
+        for source, selections, _ in mixture.selections():
             entry = DatasetConfig(
-                prefix=mixture.path(prefix),
+                prefix=mixture.path(source.prefix),
+                objective=source.objective,
                 split=mixture.validation,
                 where={column: patterns for one in selections for column, patterns in one.where.items()},
                 exclude=_union(one.exclude for one in selections),
@@ -128,14 +135,15 @@ class DataConfig(Section):
             if entry not in held_out:
                 held_out.append(entry)
         # A dataset that several entries read in parts is measured in those parts, told apart by a number.
-        part_of = Counter(entry.prefix for entry in held_out)
-        name_of = {mixture.path(prefix): name for prefix, name in names.items()}
-        number: Counter[str] = Counter()
+        part_of = Counter((entry.prefix, entry.objective) for entry in held_out)
+        name_of = {(mixture.path(source.prefix), source.objective): name for source, name in names.items()}
+        number: Counter[tuple[str, ObjectiveConfig | None]] = Counter()
         named = []
         for entry in held_out:
-            number[entry.prefix] += 1
-            part = f"#{number[entry.prefix]}" if part_of[entry.prefix] > 1 else ""
-            named.append(entry.model_copy(update={"name": name_of[entry.prefix] + part}))
+            key = (entry.prefix, entry.objective)
+            number[key] += 1
+            part = f"#{number[key]}" if part_of[key] > 1 else ""
+            named.append(entry.model_copy(update={"name": name_of[key] + part}))
         return named
 
 

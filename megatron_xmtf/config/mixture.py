@@ -26,7 +26,9 @@
     max_epochs    entry         draws of an example over the whole run; what is used up leaves its part to others
     floor         entry         its part of the whole mixture is at least this fraction
     floors        mixture       the same for every language, task ... (any column)
+    objective     entry         what becomes of plain documents (`objective.py`); of a group: of all datasets in it
 
+The same documents may be read under several objectives, each an entry of its own: AlexaTM's 80 % and 20 % are weights.
 Flan 2022 is group weights with capped sizes; xP3 is weights alone.
 """
 
@@ -36,10 +38,11 @@ from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction as Exact
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from megatron_xmtf.config.objective import Objective, ObjectiveConfig
 from megatron_xmtf.config.section import Fraction, PositiveInt, Section
 
 __all__ = [
@@ -49,6 +52,7 @@ __all__ = [
     "MixtureEntry",
     "PinchConfig",
     "SelectionConfig",
+    "Source",
     "Unit",
     "parse_interval",
 ]
@@ -138,6 +142,9 @@ class MixtureEntry(SelectionConfig):
     """Times that an example is drawn at most, over the whole run."""
     floor: Fraction | None = None
     """Smallest fraction of the whole mixture, in `unit`."""
+    objective: Objective | None = None
+    """What examples are made of the documents of a text dataset; of a group: of every dataset in it that does not say
+    otherwise. None: as the group around it; without any, inputs and targets as they are, texts whole."""
     each: EachConfig = EachConfig()
     """Settings of every dataset, or every component of `by`, below."""
 
@@ -191,6 +198,13 @@ class PinchConfig(SelectionConfig):
         return self
 
 
+class Source(NamedTuple):
+    """A dataset of a mixture: documents read under two objectives are two."""
+
+    prefix: str
+    objective: ObjectiveConfig | None
+
+
 class MixtureConfig(SelectionConfig):
     """Everything that decides which examples are drawn; see the module's table."""
 
@@ -218,12 +232,12 @@ class MixtureConfig(SelectionConfig):
     @model_validator(mode="after")
     def _consistent(self) -> MixtureConfig:
         check_weights(self.entries, "the mixture")
-        for prefix, selections, _ in self.selections():
+        for source, selections, _ in self.selections():
             for column, times in Counter(column for one in selections for column in one.where).items():
                 if times > 1:
                     raise ValueError(
-                        f"dataset {prefix!r}: `where` names {column} on the dataset and on a group around it; say in "
-                        "one of them which are read"
+                        f"dataset {source.prefix!r}: `where` names {column} on the dataset and on a group around it; "
+                        "say in one of them which are read"
                     )
         if self.validation is not None:
             held_out = parse_interval(self.validation)
@@ -236,42 +250,53 @@ class MixtureConfig(SelectionConfig):
         return self
 
     def prefixes(self) -> list[str]:
-        """Return the prefix of every dataset once, in the order of first appearance, those of the pinch last."""
+        """Return every prefix once, in the order of first appearance, those of the pinch last."""
+        return list(dict.fromkeys(source.prefix for source in self.sources()))
+
+    def sources(self) -> list[Source]:
+        """Return every prefix with its objective once, in the order of first appearance, those of the pinch last."""
         return list(self.dataset_names())
 
-    def dataset_names(self) -> dict[str, str]:
-        """Return a name for each prefix: the entry's own if it has that prefix alone, else the prefix's last part, or
-        all of the prefix where last parts are equal."""
-        given: dict[str, list[str | None]] = {}
-        for entry in _datasets(self.entries):
+    def dataset_names(self) -> dict[Source, str]:
+        """Return a name for each dataset: the entry's own if it alone reads that, else the prefix's last part, or all
+        of the prefix where last parts are equal; the objective's name follows: wiki:causal."""
+        given: dict[Source, list[str | None]] = {}
+        for entry, objective in _datasets(self.entries):
             assert entry.prefix is not None, "a dataset has a prefix"
-            given.setdefault(entry.prefix, []).append(entry.name)
+            given.setdefault(Source(entry.prefix, objective), []).append(entry.name)
         for prefix in self.pinch.prefixes if self.pinch else ():
-            given.setdefault(prefix, [None])
-        own = {prefix: names[0] if len(names) == 1 else None for prefix, names in given.items()}
-        short = {prefix: name or Path(prefix).name for prefix, name in own.items()}
-        times = Counter(short.values())
-        return {
-            prefix: name if own[prefix] or times[name] == 1 else prefix.strip("/").replace("/", "_")
-            for prefix, name in short.items()
+            given.setdefault(Source(prefix, None), [None])
+        own = {source: names[0] if len(names) == 1 else None for source, names in given.items()}
+        short = {source: name or _labelled(Path(source.prefix).name, source) for source, name in own.items()}
+        times = Counter(name for name, _ in {(name, source.prefix) for source, name in short.items()})
+        named = {
+            source: name
+            if own[source] or times[name] == 1
+            else _labelled(source.prefix.strip("/").replace("/", "_"), source)
+            for source, name in short.items()
         }
+        return _numbered(named, own)
 
-    def selections(self) -> Iterator[tuple[str, list[SelectionConfig], str | None]]:
-        """Yield each dataset's prefix, the conditions on it and around it, and its interval of documents; a prefix may
-        come several times, and those of the pinch come last."""
+    def selections(self) -> Iterator[tuple[Source, list[SelectionConfig], str | None]]:
+        """Yield each dataset, the conditions on it and around it, and its interval of documents; a dataset may come
+        several times, and those of the pinch come last."""
 
         def walk(
-            entries: list[MixtureEntry], around: list[SelectionConfig], split: str | None
-        ) -> Iterator[tuple[str, list[SelectionConfig], str | None]]:
+            entries: list[MixtureEntry],
+            around: list[SelectionConfig],
+            split: str | None,
+            objective: ObjectiveConfig | None,
+        ) -> Iterator[tuple[Source, list[SelectionConfig], str | None]]:
             for entry in entries:
+                own = entry.objective or objective
                 if entry.prefix is not None:
-                    yield entry.prefix, [*around, entry], entry.split or split
-                yield from walk(entry.entries, [*around, entry], entry.split or split)
+                    yield Source(entry.prefix, own), [*around, entry], entry.split or split
+                yield from walk(entry.entries, [*around, entry], entry.split or split, own)
 
-        yield from walk(self.entries, [self], self.split)
+        yield from walk(self.entries, [self], self.split, None)
         if self.pinch is not None:
             for prefix in self.pinch.prefixes:
-                yield prefix, [self.pinch], self.pinch.split or self.split
+                yield Source(prefix, None), [self.pinch], self.pinch.split or self.split
 
     def path(self, prefix: str) -> str:
         """Return where a prefix lies."""
@@ -288,12 +313,31 @@ def check_weights(entries: list[MixtureEntry], what: str) -> None:
         )
 
 
-def _datasets(entries: list[MixtureEntry]) -> Iterator[MixtureEntry]:
+def _datasets(
+    entries: list[MixtureEntry], objective: ObjectiveConfig | None = None
+) -> Iterator[tuple[MixtureEntry, ObjectiveConfig | None]]:
+    """Yield each dataset with its objective, its own or the nearest group's."""
     for entry in entries:
+        own = entry.objective or objective
         if entry.entries:
-            yield from _datasets(entry.entries)
+            yield from _datasets(entry.entries, own)
         else:
-            yield entry
+            yield entry, own
+
+
+def _labelled(name: str, source: Source) -> str:
+    return name if source.objective is None else f"{name}:{source.objective.name}"
+
+
+def _numbered(named: dict[Source, str], own: dict[Source, str | None]) -> dict[Source, str]:
+    """Tell apart several settings of one objective on one prefix: wiki:span_corruption, wiki:span_corruption#2."""
+    number: Counter[str] = Counter()
+    found = {}
+    for source, name in named.items():
+        number[name] += 1
+        is_second = number[name] > 1 and not own[source] and source.objective is not None
+        found[source] = f"{name}#{number[name]}" if is_second else name
+    return found
 
 
 def _splits(entries: list[MixtureEntry], inherited: str | None) -> list[str]:

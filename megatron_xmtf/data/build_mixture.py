@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xmtf.config.mixture import EachConfig, MixtureConfig, MixtureEntry, PinchConfig, SelectionConfig
+from megatron_xmtf.config.mixture import EachConfig, MixtureConfig, MixtureEntry, PinchConfig, SelectionConfig, Source
+from megatron_xmtf.config.objective import ObjectiveConfig
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.fitting import FittingExamples, LeftOut, LongExamples, fit_examples, require_examples
 from megatron_xmtf.data.mixture import Component, Mixture
@@ -34,16 +35,16 @@ def build_mixture(
 ) -> Mixture:
     """Build a mixture.
 
-    Args:    datasets: those of `mixture.prefixes()`, in that order. split_seed: `data.split_seed`.
+    Args:    datasets: those of `mixture.sources()`, in that order. split_seed: `data.split_seed`.
              excluded: for each dataset bool [examples], examples that are not read (duplicates ...), or None.
     Raises:  ConfigError: a selection that matches nothing, weights that name no part, floors that cannot be met.
              DatasetError: a dataset has no example that fits, no such column, or no document numbers for a pinch.
     """
-    prefixes = mixture.prefixes()
-    assert len(prefixes) == len(datasets), f"{len(prefixes)} prefixes in the mixture, {len(datasets)} datasets"
+    sources = mixture.sources()
+    assert len(sources) == len(datasets), f"{len(sources)} sources in the mixture, {len(datasets)} datasets"
     builder = _Builder(
         datasets=datasets,
-        number_of={prefix: number for number, prefix in enumerate(prefixes)},
+        number_of={source: number for number, source in enumerate(sources)},
         mixture=mixture,
         sequence_length=sequence_length,
         long_examples=long_examples,
@@ -60,6 +61,7 @@ class _Inherited:
     selections: tuple[SelectionConfig, ...]
     split: str | None
     each: EachConfig
+    objective: ObjectiveConfig | None
     path: str
 
     def inside(self, entry: MixtureEntry) -> _Inherited:
@@ -67,6 +69,7 @@ class _Inherited:
             selections=(*self.selections, entry),
             split=entry.split or self.split,
             each=_nearest(entry.each, self.each),
+            objective=entry.objective or self.objective,
             path=f"{self.path}{entry.label}/",
         )
 
@@ -79,7 +82,7 @@ def _nearest(own: EachConfig | MixtureEntry, around: EachConfig) -> EachConfig:
 @dataclass
 class _Builder:
     datasets: Sequence[ExampleDataset]
-    number_of: dict[str, int]
+    number_of: dict[Source, int]
     mixture: MixtureConfig
     sequence_length: int
     long_examples: LongExamples
@@ -93,7 +96,7 @@ class _Builder:
 
     def build(self) -> Mixture:
         self.left_out = [LeftOut() for _ in self.datasets]
-        top = _Inherited((self.mixture,), self.mixture.split, self.mixture.each, "")
+        top = _Inherited((self.mixture,), self.mixture.split, self.mixture.each, None, "")
         pinched = self._pinch(self.mixture.pinch) if self.mixture.pinch else []
         root = ShareNode(temperature=self.mixture.temperature)
         root.children = [self._node(entry, top, pinched) for entry in self.mixture.entries]
@@ -126,7 +129,7 @@ class _Builder:
 
     def _dataset(self, entry: MixtureEntry, inside: _Inherited, pinched: Sequence[Component]) -> ShareNode:
         assert entry.prefix is not None, "the schema asks for a prefix or entries"
-        number = self.number_of[entry.prefix]
+        number = self.number_of[Source(entry.prefix, inside.objective)]
         dataset, name = self.datasets[number], inside.path.rstrip("/")
         chosen = self._chosen(number, inside.selections, inside.split)
         if pinched:
@@ -211,7 +214,7 @@ class _Builder:
 
     def _pinch(self, pinch: PinchConfig) -> list[Component]:
         split = pinch.split or self.mixture.split
-        numbers = [self.number_of[prefix] for prefix in pinch.prefixes]
+        numbers = [self.number_of[Source(prefix, None)] for prefix in pinch.prefixes]
         pools = [
             Pool(number, self.datasets[number], self._fit(number, self._chosen(number, [pinch], split)))
             for number in numbers

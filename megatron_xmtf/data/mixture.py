@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xmtf.config.mixture import Unit
-from megatron_xmtf.config.schema import DatasetConfig
+from megatron_xmtf.config.schema import BatchConfig, DatasetConfig
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.fitting import FittingExamples, LeftOut
+from megatron_xmtf.data.objectives import ObjectiveDataset, RowRoom
 from megatron_xmtf.data.rounds import Rounds
 from megatron_xmtf.data.shares import Floor, ShareNode, pass_quotas, share_counts, wanted_shares
 from megatron_xmtf.data.tokenizer import Tokenizer
@@ -39,18 +40,27 @@ ROUND_STREAM = 1
 
 
 def open_datasets(
-    entries: Sequence[DatasetConfig], *, tokenizer: Tokenizer | None = None, vocab_size: int | None = None
+    entries: Sequence[DatasetConfig],
+    *,
+    batch: BatchConfig | None = None,
+    tokenizer: Tokenizer | None = None,
+    vocab_size: int | None = None,
 ) -> list[ExampleDataset]:
-    """Open datasets in their order, each under its own name.
+    """Open datasets in their order, each under its own name, documents as their objective sees them.
 
     Args:    entries: `data.training_datasets` or `data.validation_datasets`. tokenizer, vocab_size: checked against
-             each dataset if given.
-    Raises:  ConfigError: two datasets of one name. DatasetError, TokenizerError: as `ExampleDataset.open`.
+             each dataset if given. batch, tokenizer: needed where an entry has an objective: `chunk_length` follows
+             from the rows, special tokens from the vocabulary.
+    Raises:  ConfigError: two datasets of one name. DatasetError, TokenizerError: as `ExampleDataset.open` and
+             `ObjectiveDataset`.
     """
-    datasets = [
-        ExampleDataset.open(entry.prefix, name=entry.name, tokenizer=tokenizer, vocab_size=vocab_size)
-        for entry in entries
-    ]
+    datasets: list[ExampleDataset] = []
+    for entry in entries:
+        dataset = ExampleDataset.open(entry.prefix, name=entry.name, tokenizer=tokenizer, vocab_size=vocab_size)
+        if entry.objective is not None:
+            assert batch is not None and tokenizer is not None, "an objective needs the rows and the vocabulary"
+            dataset = ObjectiveDataset(dataset, entry.objective, tokenizer=tokenizer, room=RowRoom.of(batch))
+        datasets.append(dataset)
     for name, count in Counter(dataset.name for dataset in datasets).items():
         if count > 1:
             prefixes = [str(dataset.prefix) for dataset in datasets if dataset.name == name]

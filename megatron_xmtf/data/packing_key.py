@@ -12,6 +12,7 @@ from megatron_xmtf.config.mixture import MixtureConfig
 from megatron_xmtf.data.best_fit import ALGORITHM_VERSION
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.fitting import LongExamples
+from megatron_xmtf.data.objectives import ObjectiveDataset
 from megatron_xmtf.files import sha256_json
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def packing_key(
     inputs = {
         "algorithm_version": [ALGORITHM_VERSION, MIXTURE_VERSION],
         "datasets": [
-            {"name": dataset.name, "kind": dataset.kind, "sha256": _dataset_hash(dataset)} for dataset in datasets
+            {"name": dataset.name, "kind": dataset.kind, "sha256": _dataset_hash(dataset), **_objective(dataset)}
+            for dataset in datasets
         ],
         "mixture": _without_paths(mixture),
         "split_seed": split_seed,
@@ -60,7 +62,10 @@ def packing_key(
 
 
 def _without_paths(mixture: MixtureConfig) -> dict[str, Any]:
-    """Return the mixture with datasets named by their numbers, and without what is for the reader."""
+    """Return the mixture with datasets named by their numbers, and without what is for the reader.
+
+    What an objective makes of documents is told by `_objective` of each dataset; here is which entry reads which.
+    """
     number_of = {prefix: number for number, prefix in enumerate(mixture.prefixes())}
 
     def numbered(value: Any) -> Any:
@@ -68,13 +73,22 @@ def _without_paths(mixture: MixtureConfig) -> dict[str, Any]:
             return {
                 key: number_of[one] if key == "prefix" and one is not None else numbered(one)
                 for key, one in value.items()
+                if key != "objective"
             }
         return [numbered(one) for one in value] if isinstance(value, list) else value
 
     values = numbered(mixture.model_dump(mode="json", exclude={"root", "source", "name", "validation"}))
+    sources = mixture.sources()
+    if any(source.objective is not None for source in sources):
+        values["datasets_read"] = [sources.index(source) for source, _, _ in mixture.selections()]
     if mixture.pinch is not None:
         values["pinch"]["prefixes"] = [number_of[prefix] for prefix in mixture.pinch.prefixes]
     return dict(values)
+
+
+def _objective(dataset: ExampleDataset) -> dict[str, Any]:
+    """Return what makes examples of documents; nothing for a dataset read as it is."""
+    return {"objective": dataset.facts()} if isinstance(dataset, ObjectiveDataset) else {}
 
 
 def _dataset_hash(dataset: ExampleDataset) -> str:

@@ -108,13 +108,13 @@ def selected_by_mixture(
 ) -> list[NDArray[np.bool_]]:
     """Tell for each dataset which examples an entry of the mixture, or its pinch, selects, bool [examples].
 
-    Args:    datasets: those of `mixture.prefixes()`, in that order.
+    Args:    datasets: those of `mixture.sources()`, in that order.
     Raises:  as `select_examples`.
     """
-    number_of = {prefix: number for number, prefix in enumerate(mixture.prefixes())}
+    number_of = {source: number for number, source in enumerate(mixture.sources())}
     selected = [np.zeros(len(dataset), np.bool_) for dataset in datasets]
-    for prefix, selections, split in mixture.selections():
-        number = number_of[prefix]
+    for source, selections, split in mixture.selections():
+        number = number_of[source]
         chosen = select_examples(datasets[number], selections, split=split, split_seed=split_seed)
         selected[number] |= True if chosen is None else chosen
     return selected

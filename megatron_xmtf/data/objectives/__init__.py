@@ -1,0 +1,6 @@
+"""Objectives: documents -> examples of inputs and targets, as they are read."""
+
+from megatron_xmtf.data.objectives.dataset import ObjectiveCounts, ObjectiveDataset
+from megatron_xmtf.data.objectives.resolve import RowRoom
+
+__all__ = ["ObjectiveCounts", "ObjectiveDataset", "RowRoom"]

@@ -1,0 +1,67 @@
+"""Chunks: documents cut into parts that fit a row, evenly, so that no part is a leftover of a few tokens.
+
+    documents (without EOS)   5  13  0  7          at most 6 tokens a chunk
+    chunks                    5  5 4 4  0  4 3     13 is three chunks, not 6 6 1; an empty document is one of nothing
+    document of each          0  1 1 1  2  3 3
+    first token of each       0  0 5 9  0  0 4
+    is_end                    *      *  *    *     the document ends with the chunk
+
+Invariant: the chunks of a document, side by side, are the document.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Chunks"]
+
+
+class Chunks:
+    """Chunks of documents.
+
+    Args:    lengths: [documents], tokens without EOS. chunk_length: tokens of a chunk at most; at least 3, so that no
+             part of a longer document is a single token.
+    """
+
+    def __init__(self, lengths: NDArray[np.integer], *, chunk_length: int) -> None:
+        self.document_lengths, self.chunk_length = lengths, chunk_length
+        longest = int(lengths.max()) if len(lengths) else 0
+        self._first: NDArray[np.int64] | None = None
+        """[documents + 1], number of each document's first chunk; None: every document is one chunk."""
+        if longest > chunk_length:
+            self._first = np.zeros(len(lengths) + 1, np.int64)
+            np.cumsum(np.maximum(-(-lengths.astype(np.int64) // chunk_length), 1), out=self._first[1:])
+
+    def __len__(self) -> int:
+        return len(self.document_lengths) if self._first is None else int(self._first[-1])
+
+    @cached_property
+    def documents(self) -> NDArray[np.int64]:
+        """Document of each chunk, [chunks]."""
+        if self._first is None:
+            return np.arange(len(self))
+        return np.repeat(np.arange(len(self.document_lengths)), np.diff(self._first))
+
+    def lengths(self, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return (tokens, is_end) of the chunks begin..end-1."""
+        if self._first is None:
+            lengths = self.document_lengths[begin:end].astype(np.int64)
+            return lengths, np.ones(len(lengths), np.bool_)
+        documents = self.documents[begin:end]
+        parts = self._first[documents + 1] - self._first[documents]
+        number = np.arange(begin, end) - self._first[documents]
+        whole = self.document_lengths[documents].astype(np.int64)
+        return whole // parts + (number < whole % parts), number == parts - 1
+
+    def locate(self, chunk: int) -> tuple[int, int, int, bool]:
+        """Return (document, first token, tokens, is_end) of one chunk."""
+        if self._first is None:
+            return chunk, 0, int(self.document_lengths[chunk]), True
+        document = int(np.searchsorted(self._first, chunk, side="right")) - 1
+        first, parts = int(self._first[document]), int(self._first[document + 1] - self._first[document])
+        length, rest = divmod(int(self.document_lengths[document]), parts)
+        number = chunk - first
+        return document, number * length + min(number, rest), length + (number < rest), number == parts - 1
