@@ -15,7 +15,7 @@ from megatron_xmtf.progress import Progress
 
 if TYPE_CHECKING:
     from megatron_xmtf.prompts import RenderReport, RowReport, Source, Template
-    from megatron_xmtf.prompts.chunk_renderer import OnError
+    from megatron_xmtf.prompts.rendering.chunk_renderer import OnError
 
 HELP = "Render rows of a dataset with prompt templates into prompted records (jsonl)."
 
@@ -76,9 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_job(arguments: argparse.Namespace) -> int:
-    from megatron_xmtf.prompts.job_run import run_render_job, summary_table
-    from megatron_xmtf.prompts.render_job import load_render_job
-    from megatron_xmtf.prompts.render_parts import plan_parts
+    from megatron_xmtf.prompts.jobs.job_run import run_render_job, summary_table
+    from megatron_xmtf.prompts.jobs.render_job import load_render_job
+    from megatron_xmtf.prompts.jobs.render_parts import plan_parts
     from megatron_xmtf.prompts.source_rows import size_of_sources
 
     for name in NOT_OF_JOBS:
@@ -161,12 +161,12 @@ def _write(
     progress: Progress,
 ) -> int:
     """Render into the output, fill the reports, and return how many records name no language."""
-    from megatron_xmtf.prompts.chunk_renderer import RenderPlan
-    from megatron_xmtf.prompts.render import count_templates
-    from megatron_xmtf.prompts.render_processes import render_chunks
-    from megatron_xmtf.prompts.row_chunks import chunk_rows
+    from megatron_xmtf.prompts.rendering.chunk_renderer import RenderPlan
+    from megatron_xmtf.prompts.rendering.render import count_templates
+    from megatron_xmtf.prompts.rendering.render_processes import render_chunks
+    from megatron_xmtf.prompts.rendering.row_chunks import chunk_rows
     from megatron_xmtf.prompts.source_rows import identified_rows
-    from megatron_xmtf.prompts.variants import PosedTemplate
+    from megatron_xmtf.prompts.templates.variants import PosedTemplate
 
     on_error: OnError = "skip" if arguments.skip_errors else "raise"
     metadata = {name: getattr(arguments, name) for name in ("dataset", "config", "split", "language", "task")}

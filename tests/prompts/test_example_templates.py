@@ -20,8 +20,8 @@ from megatron_xmtf.prompts import (
     render_identified_rows,
     render_rows,
 )
-from megatron_xmtf.prompts.chunk_renderer import RenderPlan
-from megatron_xmtf.prompts.variants import PLAIN, Variant, pose_templates
+from megatron_xmtf.prompts.rendering.chunk_renderer import RenderPlan
+from megatron_xmtf.prompts.templates.variants import PLAIN, Variant, pose_templates
 from tests.prompts.conftest import json_lines, squad_rows
 
 TEMPLATES = Path(__file__).parents[2] / "examples" / "templates"

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_xmtf.prompts import PromptedRecord, RenderReport, Template, parse_templates, render_identified_rows
-from megatron_xmtf.prompts.chunk_renderer import RenderPlan
-from megatron_xmtf.prompts.delimiters import DELIMITERS, DelimiterStyle, drawn_delimiter
-from megatron_xmtf.prompts.exemplars import ExemplarDraw, build_exemplar_pool
-from megatron_xmtf.prompts.variants import Variant, pose_templates
+from megatron_xmtf.prompts.rendering.chunk_renderer import RenderPlan
+from megatron_xmtf.prompts.rendering.exemplars import ExemplarDraw, build_exemplar_pool
+from megatron_xmtf.prompts.templates.delimiters import DELIMITERS, DelimiterStyle, drawn_delimiter
+from megatron_xmtf.prompts.templates.variants import Variant, pose_templates
 
 MARKED = [DelimiterStyle("own", "<", "|", ">")]
 Row = tuple[str, dict[str, Any]]

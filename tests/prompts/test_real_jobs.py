@@ -207,7 +207,7 @@ def test_the_worked_job_of_the_documentation_is_one() -> None:
     import re
 
     from megatron_xmtf.config import config_from_mapping
-    from megatron_xmtf.prompts.render_job import RenderJob
+    from megatron_xmtf.prompts.jobs.render_job import RenderJob
 
     text = (Path(__file__).parents[2] / "docs" / "rendering.md").read_text(encoding="utf-8")
     (job,) = [

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_xmtf.prompts.record_cap import RecordCap, smallest_keys
+from megatron_xmtf.prompts.jobs.record_cap import RecordCap, smallest_keys
 
 
 @pytest.mark.parametrize("rows", [1, 49, 50, 51, 101, 256, 300, 1200])

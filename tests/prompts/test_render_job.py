@@ -306,8 +306,8 @@ def test_killed_and_run_again(directory: Path) -> None:
     program = (
         "import os, signal, sys\n"
         "from megatron_xmtf.cli import main\n"
-        "from megatron_xmtf.prompts import output_file\n"
-        "from megatron_xmtf.prompts.part_files import _PartWriter\n"
+        "from megatron_xmtf.prompts.jobs import output_file\n"
+        "from megatron_xmtf.prompts.jobs.part_files import _PartWriter\n"
         "output_file.BUFFER_BYTES = 1000\n"
         "take, calls = _PartWriter.take, []\n"
         "def take_and_die(writer, lines):\n"

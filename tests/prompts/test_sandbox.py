@@ -9,9 +9,9 @@ import pytest
 
 from megatron_xmtf.errors import TemplateError
 from megatron_xmtf.prompts import RenderLimits, RenderReport, parse_templates, render_rows
-from megatron_xmtf.prompts.sandbox import RenderWorker
-from megatron_xmtf.prompts.templates import Template
-from megatron_xmtf.prompts.variants import PosedTemplate
+from megatron_xmtf.prompts.rendering.sandbox import RenderWorker
+from megatron_xmtf.prompts.templates.template import Template
+from megatron_xmtf.prompts.templates.variants import PosedTemplate
 
 ROW = {"text": "word", "items": [1, 2], "label": 0}
 LIMITS = RenderLimits(cpu_seconds=1, wall_seconds=30, memory_bytes=256 << 20, output_characters=100_000)
@@ -95,7 +95,7 @@ def test_the_worker_can_open_nothing_even_outside_the_sandbox() -> None:
 
     code = (
         "import socket, os\n"
-        "from megatron_xmtf.prompts.worker import lock_down\n"
+        "from megatron_xmtf.prompts.rendering.worker import lock_down\n"
         "lock_down({'memory_bytes': 1 << 30})\n"
         "for attempt in (lambda: open('/etc/passwd'), lambda: socket.socket(), lambda: os.pipe()):\n"
         "    try:\n"

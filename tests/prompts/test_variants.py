@@ -7,9 +7,9 @@ import pytest
 
 from megatron_xmtf.errors import ConfigError, TemplateError
 from megatron_xmtf.prompts import PromptedRecord, RenderReport, Template, parse_templates, render_identified_rows
-from megatron_xmtf.prompts.chunk_renderer import RenderPlan
-from megatron_xmtf.prompts.options import OPTION_STYLES, OptionStyle
-from megatron_xmtf.prompts.variants import PLAIN, Variant, parse_variant, pose_templates
+from megatron_xmtf.prompts.rendering.chunk_renderer import RenderPlan
+from megatron_xmtf.prompts.templates.options import OPTION_STYLES, OptionStyle
+from megatron_xmtf.prompts.templates.variants import PLAIN, Variant, parse_variant, pose_templates
 
 ROW = {"q": "Is ice cold?", "label": 1, "why": "Ice is frozen water."}
 

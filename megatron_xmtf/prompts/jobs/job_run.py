@@ -21,9 +21,9 @@ from typing import Any
 
 from megatron_xmtf.errors import ConfigError
 from megatron_xmtf.files import read_json, safe_child, write_json
-from megatron_xmtf.prompts.part_files import render_part, summary_of
-from megatron_xmtf.prompts.render_job import RenderJob
-from megatron_xmtf.prompts.render_parts import RenderPart
+from megatron_xmtf.prompts.jobs.part_files import render_part, summary_of
+from megatron_xmtf.prompts.jobs.render_job import RenderJob
+from megatron_xmtf.prompts.jobs.render_parts import RenderPart
 
 __all__ = ["JobSummary", "run_render_job", "summary_table"]
 

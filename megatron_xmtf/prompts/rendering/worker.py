@@ -31,8 +31,8 @@ from typing import IO, Any
 from jinja2 import Template as JinjaTemplate
 from jinja2.exceptions import SecurityError, UndefinedError
 
-from megatron_xmtf.prompts.environment import PromptEnvironment
-from megatron_xmtf.prompts.options import OptionStyle, with_options
+from megatron_xmtf.prompts.templates.environment import PromptEnvironment
+from megatron_xmtf.prompts.templates.options import OptionStyle, with_options
 
 __all__ = ["main", "read_frame", "render_row", "write_frame"]
 

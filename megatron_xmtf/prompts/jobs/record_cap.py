@@ -21,8 +21,8 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from megatron_xmtf.prompts.draws import drawn_numbers, mixed
-from megatron_xmtf.prompts.render_processes import MAX_CHUNKS_UNDER_WAY
+from megatron_xmtf.prompts.rendering.draws import drawn_numbers, mixed
+from megatron_xmtf.prompts.rendering.render_processes import MAX_CHUNKS_UNDER_WAY
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Literal
 
 from megatron_xmtf.errors import TemplateError, nearest_names
-from megatron_xmtf.prompts.environment import check_syntax, constant_text_before, names_before, names_in
+from megatron_xmtf.prompts.templates.environment import check_syntax, constant_text_before, names_before, names_in
 
 __all__ = ["CHAIN_OF_THOUGHT_INPUT", "CHAIN_OF_THOUGHT_TARGET", "SEPARATOR", "Template", "select_templates"]
 

@@ -11,14 +11,14 @@ from types import TracebackType
 from typing import Any, Literal
 
 from megatron_xmtf.errors import TemplateError
-from megatron_xmtf.prompts.delimiters import drawn_delimiter, few_shot_input
-from megatron_xmtf.prompts.exemplars import Exemplar, ExemplarDraw, ExemplarPool
-from megatron_xmtf.prompts.prompted_record import RECORD_FIELDS, PromptedRecord
-from megatron_xmtf.prompts.render_report import TemplateCounts
-from megatron_xmtf.prompts.row_chunks import RowChunk
-from megatron_xmtf.prompts.sandbox import RenderAnswer, RenderLimits, RenderWorker
-from megatron_xmtf.prompts.templates import Template
-from megatron_xmtf.prompts.variants import PosedTemplate
+from megatron_xmtf.prompts.rendering.exemplars import Exemplar, ExemplarDraw, ExemplarPool
+from megatron_xmtf.prompts.rendering.prompted_record import RECORD_FIELDS, PromptedRecord
+from megatron_xmtf.prompts.rendering.render_report import TemplateCounts
+from megatron_xmtf.prompts.rendering.row_chunks import RowChunk
+from megatron_xmtf.prompts.rendering.sandbox import RenderAnswer, RenderLimits, RenderWorker
+from megatron_xmtf.prompts.templates.delimiters import drawn_delimiter, few_shot_input
+from megatron_xmtf.prompts.templates.template import Template
+from megatron_xmtf.prompts.templates.variants import PosedTemplate
 
 __all__ = ["ChunkRenderer", "OnError", "RenderPlan", "RenderedChunk"]
 

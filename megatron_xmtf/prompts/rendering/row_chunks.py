@@ -13,8 +13,8 @@ from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_xmtf.prompts.prompted_record import RECORD_FIELDS
 from megatron_xmtf.prompts.readers.bad_rows import BadRowError, Reject
+from megatron_xmtf.prompts.rendering.prompted_record import RECORD_FIELDS
 
 __all__ = ["RowChunk", "chunk_rows"]
 

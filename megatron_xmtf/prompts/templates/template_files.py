@@ -43,8 +43,13 @@ from typing import Any, Literal
 
 from megatron_xmtf.errors import TemplateError, nearest_names
 from megatron_xmtf.files import require_file
-from megatron_xmtf.prompts.template_yaml import parse_template_yaml
-from megatron_xmtf.prompts.templates import CHAIN_OF_THOUGHT_INPUT, CHAIN_OF_THOUGHT_TARGET, SEPARATOR, Template
+from megatron_xmtf.prompts.templates.template import (
+    CHAIN_OF_THOUGHT_INPUT,
+    CHAIN_OF_THOUGHT_TARGET,
+    SEPARATOR,
+    Template,
+)
+from megatron_xmtf.prompts.templates.template_yaml import parse_template_yaml
 
 __all__ = ["load_templates", "parse_templates"]
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_xmtf.errors import ConfigError, nearest_names
-from megatron_xmtf.prompts.cues import split_closing_cue
+from megatron_xmtf.prompts.templates.cues import split_closing_cue
 
 __all__ = ["OPTION_STYLES", "OptionStyle", "declared_option_styles", "with_options"]
 

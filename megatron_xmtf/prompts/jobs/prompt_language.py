@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from megatron_xmtf.errors import TemplateError
-from megatron_xmtf.prompts.templates import Template
+from megatron_xmtf.prompts.templates.template import Template
 
 __all__ = ["ChosenTemplates", "choose_templates", "named_templates", "prompt_language_of"]
 

@@ -20,13 +20,10 @@ from typing import Any
 
 from megatron_xmtf.errors import ConfigError, MissingError, TemplateError, nearest_names
 from megatron_xmtf.files import sha256_json
-from megatron_xmtf.prompts.chunk_renderer import OnError
-from megatron_xmtf.prompts.delimiters import declared_delimiters
-from megatron_xmtf.prompts.options import declared_option_styles
-from megatron_xmtf.prompts.output_names import output_name
-from megatron_xmtf.prompts.placeholders import Placeholders
-from megatron_xmtf.prompts.prompt_language import choose_templates, named_templates, prompt_language_of
-from megatron_xmtf.prompts.render_job import (
+from megatron_xmtf.prompts.jobs.output_names import output_name
+from megatron_xmtf.prompts.jobs.placeholders import Placeholders
+from megatron_xmtf.prompts.jobs.prompt_language import choose_templates, named_templates, prompt_language_of
+from megatron_xmtf.prompts.jobs.render_job import (
     TRAINING_SPLIT,
     EntrySettings,
     ExemplarSettings,
@@ -34,11 +31,14 @@ from megatron_xmtf.prompts.render_job import (
     SourceValue,
     TemplateFiles,
 )
+from megatron_xmtf.prompts.rendering.chunk_renderer import OnError
 from megatron_xmtf.prompts.source_rows import require_sources
 from megatron_xmtf.prompts.sources import Source, source_from_mapping
-from megatron_xmtf.prompts.template_files import load_templates
-from megatron_xmtf.prompts.templates import Template
-from megatron_xmtf.prompts.variants import PosedTemplate, parse_variant, pose_templates
+from megatron_xmtf.prompts.templates.delimiters import declared_delimiters
+from megatron_xmtf.prompts.templates.options import declared_option_styles
+from megatron_xmtf.prompts.templates.template import Template
+from megatron_xmtf.prompts.templates.template_files import load_templates
+from megatron_xmtf.prompts.templates.variants import PosedTemplate, parse_variant, pose_templates
 
 __all__ = ["RenderPart", "plan_parts"]
 

@@ -26,8 +26,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from megatron_xmtf.errors import TemplateError
-from megatron_xmtf.prompts.templates import SEPARATOR
-from megatron_xmtf.prompts.variants import PosedTemplate
+from megatron_xmtf.prompts.templates.template import SEPARATOR
+from megatron_xmtf.prompts.templates.variants import PosedTemplate
 
 __all__ = ["RenderAnswer", "RenderLimits", "RenderWorker"]
 
@@ -151,7 +151,7 @@ class RenderWorker:
         environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONUTF8": "1"}
         environment["PYTHONHASHSEED"] = "0"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from megatron_xmtf.prompts.worker import main; main()"],
+            [sys.executable, "-c", "from megatron_xmtf.prompts.rendering.worker import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

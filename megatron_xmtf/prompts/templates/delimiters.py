@@ -29,8 +29,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_xmtf.errors import ConfigError, nearest_names
-from megatron_xmtf.prompts.cues import begins_with_cue, ends_in_cue
-from megatron_xmtf.prompts.draws import drawn_number
+from megatron_xmtf.prompts.rendering.draws import drawn_number
+from megatron_xmtf.prompts.templates.cues import begins_with_cue, ends_in_cue
 
 __all__ = ["DELIMITERS", "DelimiterStyle", "declared_delimiters", "drawn_delimiter", "few_shot_input"]
 

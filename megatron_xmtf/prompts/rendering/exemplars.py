@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_xmtf.prompts.draws import drawn_number, drawn_numbers, mixed
 from megatron_xmtf.prompts.readers.bad_rows import Reject
-from megatron_xmtf.prompts.row_chunks import RowChunk, chunk_rows
+from megatron_xmtf.prompts.rendering.draws import drawn_number, drawn_numbers, mixed
+from megatron_xmtf.prompts.rendering.row_chunks import RowChunk, chunk_rows
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,9 +15,9 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
-from megatron_xmtf.prompts.chunk_renderer import ChunkRenderer, RenderPlan
-from megatron_xmtf.prompts.render_report import TemplateCounts
-from megatron_xmtf.prompts.row_chunks import RowChunk
+from megatron_xmtf.prompts.rendering.chunk_renderer import ChunkRenderer, RenderPlan
+from megatron_xmtf.prompts.rendering.render_report import TemplateCounts
+from megatron_xmtf.prompts.rendering.row_chunks import RowChunk
 from megatron_xmtf.worker_pool import WorkerPool
 
 __all__ = ["MAX_CHUNKS_UNDER_WAY", "RenderedLines", "Work", "render_chunks"]

@@ -21,13 +21,13 @@ from contextlib import closing
 from typing import Any
 
 from megatron_xmtf.errors import TemplateError
-from megatron_xmtf.prompts.chunk_renderer import ChunkRenderer, OnError, RenderPlan
-from megatron_xmtf.prompts.prompted_record import PromptedRecord
-from megatron_xmtf.prompts.render_report import RenderReport, TemplateCounts
-from megatron_xmtf.prompts.row_chunks import chunk_rows
-from megatron_xmtf.prompts.sandbox import RenderLimits
-from megatron_xmtf.prompts.templates import Template
-from megatron_xmtf.prompts.variants import PosedTemplate
+from megatron_xmtf.prompts.rendering.chunk_renderer import ChunkRenderer, OnError, RenderPlan
+from megatron_xmtf.prompts.rendering.prompted_record import PromptedRecord
+from megatron_xmtf.prompts.rendering.render_report import RenderReport, TemplateCounts
+from megatron_xmtf.prompts.rendering.row_chunks import chunk_rows
+from megatron_xmtf.prompts.rendering.sandbox import RenderLimits
+from megatron_xmtf.prompts.templates.template import Template
+from megatron_xmtf.prompts.templates.variants import PosedTemplate
 
 __all__ = ["count_templates", "render_identified_rows", "render_rows"]
 

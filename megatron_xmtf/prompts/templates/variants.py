@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_xmtf.errors import ConfigError
-from megatron_xmtf.prompts.delimiters import DELIMITERS, DelimiterStyle
-from megatron_xmtf.prompts.draws import drawn_number
-from megatron_xmtf.prompts.options import OPTION_STYLES, OptionStyle
-from megatron_xmtf.prompts.templates import Template
+from megatron_xmtf.prompts.rendering.draws import drawn_number
+from megatron_xmtf.prompts.templates.delimiters import DELIMITERS, DelimiterStyle
+from megatron_xmtf.prompts.templates.options import OPTION_STYLES, OptionStyle
+from megatron_xmtf.prompts.templates.template import Template
 
 __all__ = ["PLAIN", "PosedTemplate", "Variant", "parse_variant", "pose_templates"]
 

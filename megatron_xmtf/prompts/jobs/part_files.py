@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_xmtf.errors import TemplateError
-from megatron_xmtf.prompts.chunk_renderer import RenderPlan
-from megatron_xmtf.prompts.exemplars import ExemplarPool, build_exemplar_pool
-from megatron_xmtf.prompts.output_file import FinishedFile, OutputFile
+from megatron_xmtf.prompts.jobs.output_file import FinishedFile, OutputFile
+from megatron_xmtf.prompts.jobs.record_cap import RecordCap, smallest_keys
+from megatron_xmtf.prompts.jobs.render_parts import RenderPart
 from megatron_xmtf.prompts.readers.bad_rows import RowReport
-from megatron_xmtf.prompts.record_cap import RecordCap, smallest_keys
-from megatron_xmtf.prompts.render import count_templates
-from megatron_xmtf.prompts.render_parts import RenderPart
-from megatron_xmtf.prompts.render_processes import RenderedLines, Work, render_chunks
-from megatron_xmtf.prompts.render_report import RenderReport, TemplateCounts
-from megatron_xmtf.prompts.row_chunks import RowChunk, chunk_rows
+from megatron_xmtf.prompts.rendering.chunk_renderer import RenderPlan
+from megatron_xmtf.prompts.rendering.exemplars import ExemplarPool, build_exemplar_pool
+from megatron_xmtf.prompts.rendering.render import count_templates
+from megatron_xmtf.prompts.rendering.render_processes import RenderedLines, Work, render_chunks
+from megatron_xmtf.prompts.rendering.render_report import RenderReport, TemplateCounts
+from megatron_xmtf.prompts.rendering.row_chunks import RowChunk, chunk_rows
 from megatron_xmtf.prompts.source_rows import identified_rows
 
 if TYPE_CHECKING:

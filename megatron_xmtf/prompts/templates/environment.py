@@ -24,7 +24,7 @@ from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_xmtf.errors import TemplateError, nearest_names
-from megatron_xmtf.prompts.draws import drawn_number
+from megatron_xmtf.prompts.rendering.draws import drawn_number
 
 __all__ = ["PromptEnvironment", "check_syntax", "constant_text_before", "names_before", "names_in"]
 

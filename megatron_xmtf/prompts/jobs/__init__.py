@@ -1,0 +1,1 @@
+"""Render jobs: many sources, languages and variants -> one file for each template, resumable."""

@@ -1,0 +1,1 @@
+"""Rows x templates -> prompted records, in a sandboxed process or several."""
