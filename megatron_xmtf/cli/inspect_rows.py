@@ -19,13 +19,16 @@ __all__ = ["inspect_packing", "inspect_run", "load_tokenizer"]
 
 def inspect_run(path: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Show rows of a run: those that training reads, with its weights."""
+    from megatron_xmtf.checkpoint.model_tokenizer import objective_tokenizer
     from megatron_xmtf.config import load_config
     from megatron_xmtf.data.mixture import open_datasets
     from megatron_xmtf.data.packing import index_directory, index_path, open_packing_index
 
     config = load_config(path, arguments.overrides)
     tokenizer = load_tokenizer(arguments) if arguments.tokenizer else _model_tokenizer(config)
-    datasets = open_datasets(config.data.training_datasets, tokenizer=tokenizer)
+    datasets = open_datasets(
+        config.data.training_datasets, batch=config.batch, tokenizer=tokenizer or objective_tokenizer(config)
+    )
     index = open_packing_index(
         datasets,
         data=config.data,

@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _pack_run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Build the index that training with this configuration reads."""
+    from megatron_xmtf.checkpoint.model_tokenizer import objective_tokenizer
     from megatron_xmtf.config import load_config
     from megatron_xmtf.data.mixture import open_datasets
     from megatron_xmtf.data.packing import build_packing_index, index_directory, index_path, pack_dataset
@@ -65,7 +66,8 @@ def _pack_run(arguments: argparse.Namespace) -> dict[str, Any]:
     path, *overrides = arguments.config
     config = load_config(path, overrides)
     directory = index_directory(config)
-    datasets = open_datasets(config.data.training_datasets)
+    tokenizer = objective_tokenizer(config)
+    datasets = open_datasets(config.data.training_datasets, batch=config.batch, tokenizer=tokenizer)
     index = build_packing_index(
         datasets,
         data=config.data,
@@ -84,7 +86,9 @@ def _pack_run(arguments: argparse.Namespace) -> dict[str, Any]:
             sequence_length=config.batch.sequence_length,
             long_examples=config.data.long_examples,
         ).statistics
-        for entry, dataset in zip(entries, open_datasets(entries), strict=True)
+        for entry, dataset in zip(
+            entries, open_datasets(entries, batch=config.batch, tokenizer=tokenizer), strict=True
+        )
     ]
     return {**_describe(index), "index": str(index_path(directory, index.key)), "validation": validation}
 

@@ -12,16 +12,16 @@ A scan is kept in OUT/guards under the hash of all that changes it: the plan's i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
-from megatron_xmtf.checkpoint.directory import find_checkpoint
+from megatron_xmtf.checkpoint.model_tokenizer import load_model_tokenizer
 from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.guards import EvaluationText, GuardFlags, GuardSettings, open_flags, scan
+from megatron_xmtf.data.objectives import StoredDatasets
 from megatron_xmtf.data.selection import selected_by_mixture
-from megatron_xmtf.data.tokenizer import Tokenizer
 from megatron_xmtf.evaluation.tasks import load_tasks
 
 __all__ = ["drop_flagged", "evaluation_texts", "report_guards"]
@@ -37,14 +37,18 @@ def report_guards(config: RunConfig, datasets: Sequence[ExampleDataset], *, buil
     guards, settings = config.data.guards, _settings(config)
     if guards.duplicates == guards.near_duplicates == guards.contamination == "off":
         return None
-    return (partial(scan, workers=guards.workers) if build else open_flags)(
-        datasets,
-        tokenizer=_tokenizer(config.model),
+    # Documents are looked at as they are stored, once, however many objectives make examples of them.
+    behind = StoredDatasets(datasets)
+    selected = selected_by_mixture(datasets, config.data.training_mixture, split_seed=config.data.split_seed)
+    flags = (partial(scan, workers=guards.workers) if build else open_flags)(
+        behind.stored,
+        tokenizer=load_model_tokenizer(config.model),
         evaluation_texts=evaluation_texts(config.evaluation.tasks) if guards.contamination != "off" else [],
         settings=settings,
         directory=guards.directory or Path(config.output) / "guards",
-        selected=selected_by_mixture(datasets, config.data.training_mixture, split_seed=config.data.split_seed),
+        selected=behind.selected(selected),
     )
+    return replace(flags, flags=behind.spread(flags.flags))
 
 
 def drop_flagged(config: RunConfig, datasets: Sequence[ExampleDataset], *, build: bool = True) -> GuardFlags | None:
@@ -76,11 +80,3 @@ def evaluation_texts(task_files: Sequence[str]) -> list[EvaluationText]:
 def _settings(config: RunConfig) -> GuardSettings:
     values = config.data.guards
     return GuardSettings(**{field.name: getattr(values, field.name) for field in fields(GuardSettings)})
-
-
-def _tokenizer(model: str) -> Tokenizer:
-    """Load the tokenizer of `model`: a Hugging Face directory, a checkpoint or a run."""
-    directory = Path(model)
-    if (directory / "config.json").is_file():
-        return Tokenizer.load(directory)
-    return Tokenizer.load(find_checkpoint(directory) / "hf")

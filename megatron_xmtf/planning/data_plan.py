@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from megatron_xmtf.checkpoint.model_tokenizer import objective_tokenizer
 from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.guards import GuardFlags
@@ -89,7 +90,8 @@ def build_data_plan(config: RunConfig, *, by: Sequence[str] = ()) -> DataPlan:
              DatasetError: as `open_datasets` and `build_packing_index`.
     """
     require_even_deal(config.batch.step_rows, config.batch.micro_batch_size, 1)
-    datasets = open_datasets(config.data.training_datasets)
+    tokenizer = objective_tokenizer(config)
+    datasets = open_datasets(config.data.training_datasets, batch=config.batch, tokenizer=tokenizer)
     known = sorted({column for dataset in datasets for column in dataset.column_names})
     for column in by:
         if column not in known:

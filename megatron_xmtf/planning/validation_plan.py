@@ -8,6 +8,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_xmtf.checkpoint.model_tokenizer import objective_tokenizer
 from megatron_xmtf.config.schema import DatasetConfig, RunConfig
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.mixture import open_datasets
@@ -46,9 +47,10 @@ def plan_validation(
     Raises:  ConfigError, DatasetError: as `open_datasets` and `pack_dataset`.
     """
     entries = config.data.validation_datasets
+    datasets = open_datasets(entries, batch=config.batch, tokenizer=objective_tokenizer(config))
     return [
         _describe(config, entry, dataset, training, is_trained)
-        for entry, dataset in zip(entries, open_datasets(entries), strict=True)
+        for entry, dataset in zip(entries, datasets, strict=True)
     ]
 
 

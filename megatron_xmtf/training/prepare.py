@@ -101,8 +101,8 @@ def prepare_run(
             f"the tokenizer of {tokenizer.directory} has {tokenizer.vocab_size} words, the model's embedding "
             f"{architecture.vocab_size} rows: they do not belong together."
         )
-    datasets = open_datasets(config.data.training_datasets, tokenizer=tokenizer)
-    open_datasets(config.data.validation_datasets, tokenizer=tokenizer)
+    datasets = open_datasets(config.data.training_datasets, batch=config.batch, tokenizer=tokenizer)
+    open_datasets(config.data.validation_datasets, batch=config.batch, tokenizer=tokenizer)
     if not is_checkpoint and import_model:
         logger.info("importing %s", config.model)
         import_huggingface(config.model, start.checkpoint)
@@ -125,8 +125,8 @@ def prepare_run(
 
 def open_training_rows(prepared: PreparedRun) -> PackedRows:
     """Open the training rows; `prepare_run` has built and verified their index, here it is mapped alone."""
-    tokenizer = Tokenizer.load(prepared.hf_files)
-    datasets = open_datasets(prepared.config.data.training_datasets, tokenizer=tokenizer)
+    tokenizer, config = Tokenizer.load(prepared.hf_files), prepared.config
+    datasets = open_datasets(config.data.training_datasets, batch=config.batch, tokenizer=tokenizer)
     path = index_path(index_directory(prepared.config), prepared.packing_key)
     index = PackingIndex.load(path, key=prepared.packing_key, verify=False)
     return PackedRows(datasets, index, pad_id=tokenizer.pad_id)
@@ -138,7 +138,8 @@ def open_validation_rows(prepared: PreparedRun) -> dict[str, tuple[ExampleDatase
     tokenizer = Tokenizer.load(prepared.hf_files)
     opened = {}
     entries = config.data.validation_datasets
-    for entry, dataset in zip(entries, open_datasets(entries, tokenizer=tokenizer), strict=True):
+    datasets = open_datasets(entries, batch=config.batch, tokenizer=tokenizer)
+    for entry, dataset in zip(entries, datasets, strict=True):
         index = pack_dataset(
             dataset,
             entry=entry,
