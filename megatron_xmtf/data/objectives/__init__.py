@@ -2,5 +2,6 @@
 
 from megatron_xmtf.data.objectives.dataset import ObjectiveCounts, ObjectiveDataset
 from megatron_xmtf.data.objectives.resolve import RowRoom
+from megatron_xmtf.data.objectives.stored import StoredDatasets
 
-__all__ = ["ObjectiveCounts", "ObjectiveDataset", "RowRoom"]
+__all__ = ["ObjectiveCounts", "ObjectiveDataset", "RowRoom", "StoredDatasets"]
