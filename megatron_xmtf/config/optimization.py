@@ -1,4 +1,4 @@
-"""Keys of `optimizer`, `schedule` and `loss`: what a step does to the weights."""
+"""Keys of `optimizer`, `schedule`, `loss` and `dropout`: what a step does to the weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from megatron_xmtf.config.section import Fraction, PositiveInt, Section
 
-__all__ = ["LossConfig", "OptimizerConfig", "ScheduleConfig"]
+__all__ = ["DropoutConfig", "LossConfig", "OptimizerConfig", "ScheduleConfig"]
 
 
 class OptimizerConfig(Section):
@@ -122,3 +122,13 @@ class LossConfig(Section):
     in the global batch. A dataset is a prefix; entries that select parts of one prefix are one dataset. One with few
     tokens in a step weighs as much as one with many: meant for global batches that hold all datasets.
     """
+
+
+class DropoutConfig(Section):
+    """Dropout while training, in place of what the model's own configuration says."""
+
+    hidden_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of hidden states dropped: behind the embedding, and of what attention and feed-forward add to the residual.
+    None: the model's own, 0.0 in the config.json of every BLOOM. 0.1: BLOOMZ, as Megatron's default."""
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of attention probabilities dropped. As `hidden_dropout`."""

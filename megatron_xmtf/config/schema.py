@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megatron_xmtf.config.data import DataConfig, DatasetConfig, GuardsConfig
-from megatron_xmtf.config.optimization import LossConfig, OptimizerConfig, ScheduleConfig
+from megatron_xmtf.config.optimization import DropoutConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from megatron_xmtf.config.parallel import BatchConfig, KernelsConfig, ParallelConfig, RampupConfig, RecomputeConfig
 from megatron_xmtf.config.running import CheckpointConfig, EvaluationConfig, LoggingConfig, ProfileConfig, WandbConfig
 from megatron_xmtf.config.section import Section
@@ -21,6 +21,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DatasetConfig",
+    "DropoutConfig",
     "EvaluationConfig",
     "GuardsConfig",
     "KernelsConfig",
@@ -50,6 +51,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
+    dropout: DropoutConfig = DropoutConfig()
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Precision of weights in forward and backward; gradients accumulate in fp32. bf16: BLOOMZ-176B."""
     recompute: RecomputeConfig = RecomputeConfig()

@@ -9,6 +9,7 @@ Source:  Le Scao et al. 2022, "BLOOM: A 176B-Parameter Open-Access Multilingual 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -64,7 +65,12 @@ class BloomEmbedding(MegatronModule):
         if not self.config.sequence_parallel:
             embedded = embedded.transpose(0, 1).contiguous()
         normed: Tensor = self.layernorm(embedded)
-        return normed
+        if not self.training or self.config.hidden_dropout == 0.0:
+            return normed
+        # Megatron's embedding dropout, with which BLOOMZ was trained; `transformers` has none. Under sequence
+        # parallelism each rank holds other tokens and draws its own mask, otherwise all draw the same.
+        with tensor_parallel.get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext():
+            return torch.nn.functional.dropout(normed, self.config.hidden_dropout)
 
 
 class BloomModel(LanguageModule):

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_xmtf.config.schema import KernelsConfig, ParallelConfig, RecomputeConfig
+from megatron_xmtf.config.schema import DropoutConfig, KernelsConfig, ParallelConfig, RecomputeConfig
 from megatron_xmtf.kernels.packed_attention import choose_packed_attention
 from megatron_xmtf.models.architecture import BloomArchitecture
 from megatron_xmtf.models.bloom import BloomModel
@@ -36,6 +36,7 @@ def build_model(
     precision: Precision = "fp32",
     recompute: RecomputeConfig | None = None,
     kernels: KernelsConfig | None = None,
+    dropout: DropoutConfig | None = None,
 ) -> list[torch.nn.Module]:
     """Build this rank's model chunks with uninitialised weights, on this rank's device.
 
@@ -45,7 +46,9 @@ def build_model(
     Raises:  ConfigError: the sizes do not divide the model.
     """
     architecture.check_split(parallel)
-    config = transformer_config(architecture, parallel=parallel, precision=precision, recompute=recompute)
+    config = transformer_config(
+        architecture, parallel=parallel, precision=precision, recompute=recompute, dropout=dropout
+    )
     attention = choose_packed_attention((kernels or KernelsConfig()).attention, precision=precision)
     chunk_count = parallel.virtual_pipeline_model_parallel_size
     chunks: list[torch.nn.Module] = []
@@ -84,9 +87,11 @@ def transformer_config(
     parallel: ParallelConfig,
     precision: Precision,
     recompute: RecomputeConfig | None = None,
+    dropout: DropoutConfig | None = None,
 ) -> TransformerConfig:
     """Translate our names into Megatron-Core's TransformerConfig."""
-    recompute = recompute or RecomputeConfig()
+    recompute, dropout = recompute or RecomputeConfig(), dropout or DropoutConfig()
+    hidden_dropout, attention_dropout = dropout.hidden_dropout, dropout.attention_dropout
     full = recompute.granularity == "full"
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -94,8 +99,8 @@ def transformer_config(
         ffn_hidden_size=architecture.ffn_hidden_size,
         num_attention_heads=architecture.num_attention_heads,
         layernorm_epsilon=architecture.layernorm_epsilon,
-        hidden_dropout=architecture.hidden_dropout,
-        attention_dropout=architecture.attention_dropout,
+        hidden_dropout=architecture.hidden_dropout if hidden_dropout is None else hidden_dropout,
+        attention_dropout=architecture.attention_dropout if attention_dropout is None else attention_dropout,
         # The tanh form is BLOOM's own; the constants are the same as in `transformers` BloomGelu.
         activation_func=partial(torch.nn.functional.gelu, approximate="tanh"),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

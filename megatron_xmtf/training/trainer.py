@@ -263,6 +263,7 @@ def _build_chunks(prepared: PreparedRun) -> list[Any]:
         precision=config.precision,
         recompute=config.recompute,
         kernels=config.kernels,
+        dropout=config.dropout,
     )
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

@@ -58,6 +58,7 @@ def test_what_all_sizes_have_in_common(name: str) -> None:
     assert (config.schedule.lr_decay_style, config.warmup_rows) == ("constant", 0)
     assert (config.seed, config.recompute.granularity) == (42, "full")
     assert config.loss.normalization == "target_sequence_per_micro_batch"
+    assert (config.dropout.hidden_dropout, config.dropout.attention_dropout) == (0.1, 0.1)
     assert config.precision == ("bf16" if name == "bloomz-176b" else "fp16")
     assert config.data.mixture is not None and config.data.mixture.name == "xp3"
     assert config.data.validation_datasets, "validation is measured on what the mixture holds out"
