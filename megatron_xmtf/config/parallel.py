@@ -11,6 +11,10 @@ from megatron_xmtf.config.step_rows import StepRows
 
 __all__ = ["BatchConfig", "KernelsConfig", "ParallelConfig", "RampupConfig", "RecomputeConfig"]
 
+COUNTED_KEYS = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+GIVEN_KEYS = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+"""Two ways in which a decoder model's layers are split unevenly."""
+
 
 class ParallelConfig(Section):
     """How the model is split over ranks; the data-parallel size follows from the world size."""
@@ -29,6 +33,9 @@ class ParallelConfig(Section):
     """Layers of the first stage; the others share the rest evenly. Not with the two settings above."""
     num_layers_in_last_pipeline_stage: PositiveInt | None = None
     """The same of the last stage."""
+    pipeline_layers: list[Annotated[int, Field(ge=0, strict=True)]] | None = None
+    """Of an encoder-decoder: layers of each stage in order, encoder layers first; with a virtual pipeline one number a
+    chunk, those of chunk 0 of all stages first. None: cut where the dearest stage is cheapest (`models/stages.py`)."""
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor-parallel ranks along the sequence; needs tp > 1."""
     use_distributed_optimizer: bool = False
@@ -42,14 +49,23 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _one_split(self) -> ParallelConfig:
-        counted = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
-        given = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
-        uneven = [key for key in counted + given if getattr(self, key)]
+        uneven = self.uneven_keys
         if uneven and self.pipeline_model_parallel_size == 1:
             raise ValueError(f"{uneven[0]} needs pipeline_model_parallel_size > 1; it is 1")
-        if any(key in counted for key in uneven) and any(key in given for key in uneven):
+        if any(key in COUNTED_KEYS for key in uneven) and any(key in GIVEN_KEYS for key in uneven):
             raise ValueError(f"{uneven[0]} and {uneven[-1]} cannot be combined: layers are counted or given")
+        chunks = self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
+        if self.pipeline_layers is not None and len(self.pipeline_layers) != chunks:
+            raise ValueError(
+                f"pipeline_layers has {len(self.pipeline_layers)} numbers, pipeline_model_parallel_size x "
+                f"virtual_pipeline_model_parallel_size = {chunks} parts need one each"
+            )
         return self
+
+    @property
+    def uneven_keys(self) -> list[str]:
+        """Keys that are set and say how a decoder model's layers are split."""
+        return [key for key in COUNTED_KEYS + GIVEN_KEYS if getattr(self, key)]
 
 
 class RampupConfig(Section):

@@ -110,8 +110,19 @@ class EncoderDecoderArchitecture:
             "vocabulary rows": self.padded_vocab_size,
         }
         check_tensor_parallel(parallel.tensor_model_parallel_size, sizes=sizes)
+        if parallel.uneven_keys:
+            raise ConfigError(
+                f"parallel.{parallel.uneven_keys[0]} is for decoder models; an encoder-decoder's layers are cut by "
+                "cost, or as parallel.pipeline_layers says."
+            )
+        given = parallel.pipeline_layers
+        if given is not None and sum(given) != self.num_layers:
+            raise ConfigError(
+                f"parallel.pipeline_layers={given} adds up to {sum(given)}, the model has {self.num_encoder_layers} + "
+                f"{self.num_decoder_layers} = {self.num_layers} layers."
+            )
         chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
-        if chunks > self.num_layers:
+        if given is None and chunks > self.num_layers:
             raise ConfigError(
                 f"pipeline_model_parallel_size x virtual_pipeline_model_parallel_size = {chunks} is more than the "
                 f"model's {self.num_encoder_layers} + {self.num_decoder_layers} = {self.num_layers} layers."
