@@ -86,9 +86,7 @@ def _pack_run(arguments: argparse.Namespace) -> dict[str, Any]:
             sequence_length=config.batch.sequence_length,
             long_examples=config.data.long_examples,
         ).statistics
-        for entry, dataset in zip(
-            entries, open_datasets(entries, batch=config.batch, tokenizer=tokenizer), strict=True
-        )
+        for entry, dataset in zip(entries, open_datasets(entries, batch=config.batch, tokenizer=tokenizer), strict=True)
     ]
     return {**_describe(index), "index": str(index_path(directory, index.key)), "validation": validation}
 
