@@ -22,6 +22,7 @@ from enum import IntEnum
 
 __all__ = [
     "CheckpointError",
+    "CheckpointWriteError",
     "ConfigError",
     "ConfigMismatchError",
     "CorruptCheckpointError",
@@ -92,6 +93,12 @@ class DatasetError(XmtfError, ValueError):
 
 class CheckpointError(XmtfError, ValueError):
     """A checkpoint or model directory that cannot be used as asked."""
+
+
+class CheckpointWriteError(CheckpointError):
+    """A checkpoint that could not be written: a writer died, hung, or was refused by the file system."""
+
+    exit_code = ExitCode.FAILED
 
 
 class CorruptCheckpointError(CheckpointError):

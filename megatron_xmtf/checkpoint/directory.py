@@ -9,14 +9,15 @@ The scan is the truth: there is no tracker file, and order is by step number, ne
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 
-from megatron_xmtf.checkpoint.manifest import MANIFEST_NAME, open_manifest
+from megatron_xmtf.checkpoint.manifest import MANIFEST_NAME, open_manifest, verify_hashes
 from megatron_xmtf.errors import CorruptCheckpointError, MissingError
 from megatron_xmtf.files import require_directory
 
-__all__ = ["find_checkpoint", "list_checkpoints", "step_directory"]
+__all__ = ["find_checkpoint", "find_newest_valid", "list_checkpoints", "step_directory"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +41,10 @@ def list_checkpoints(path: Path | str) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def find_checkpoint(path: Path | str, *, skip_damaged: bool = False) -> Path:
+def find_checkpoint(path: Path | str) -> Path:
     """Return the checkpoint that `path` means: itself, or the newest finished one of a run.
 
     Args:    path: a checkpoint, a run directory (with `checkpoints/`), or a directory of `step_N` checkpoints.
-             skip_damaged: go back to the next older one, with a warning, when the newest is not whole.
     Raises:  MissingError: nothing there. CorruptCheckpointError: it is not whole; names the next older one.
     """
     path = require_directory(path)
@@ -60,15 +60,47 @@ def find_checkpoint(path: Path | str, *, skip_damaged: bool = False) -> Path:
             f"{path} is neither a checkpoint ({MANIFEST_NAME}) nor a directory of finished ones "
             f"(step_0000020, or checkpoints/step_0000020).{hint}"
         )
-    for position, candidate in enumerate(candidates):
+    try:
+        open_manifest(candidates[0])
+    except CorruptCheckpointError as error:
+        older = f"The next older one is {candidates[1]}" if len(candidates) > 1 else "There is no older one"
+        raise CorruptCheckpointError(f"{error} {older}.") from error
+    return candidates[0]
+
+
+def find_newest_valid(checkpoints: Path) -> Path | None:
+    """Return the newest checkpoint whose every file has the manifest's hash, and set damaged newer ones aside.
+
+    Each damaged one is told as an error and renamed to `damaged_step_N`, never deleted: its step will be trained and
+    saved again, under its name.
+
+    Returns: None if the directory has never held a checkpoint.
+    Raises:  CorruptCheckpointError: there are checkpoints and none is whole; nothing is renamed then.
+    """
+    steps = [(int(match[1]), child) for child in checkpoints.iterdir() if (match := STEP_NAME.fullmatch(child.name))]
+    damaged: list[tuple[Path, CorruptCheckpointError]] = []
+    for _, directory in sorted(steps, reverse=True):
         try:
-            open_manifest(candidate)
+            verify_hashes(directory, open_manifest(directory))
         except CorruptCheckpointError as error:
-            older = candidates[position + 1] if position + 1 < len(candidates) else None
-            if not skip_damaged or older is None:
-                remedy = f" The next older one is {older}." if older else " There is no older one."
-                raise CorruptCheckpointError(f"{error}{remedy}") from error
-            logger.warning("%s Going back to %s.", error, older)
-        else:
-            return candidate
-    raise AssertionError("the loop returns or raises")
+            damaged.append((directory, error))
+            continue
+        for broken, reason in damaged:
+            aside = _unused_name(broken.with_name(f"damaged_{broken.name}"))
+            os.replace(broken, aside)
+            logger.error("DAMAGED CHECKPOINT, set aside as %s: %s The run goes back to %s.", aside, reason, directory)
+        return directory
+    if damaged:
+        raise CorruptCheckpointError(
+            f"none of the {len(damaged)} checkpoints in {checkpoints} is whole. The newest: {damaged[0][1]}"
+        )
+    return None
+
+
+def _unused_name(path: Path) -> Path:
+    """Return `path`, or the first of `path-2`, `path-3` ... that does not exist."""
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate

@@ -17,15 +17,14 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_xmtf.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from megatron_xmtf.errors import CheckpointError, CheckpointWriteError, ConfigError, CorruptCheckpointError
 from megatron_xmtf.files import (
     disk_errors,
     fsync_directory,
-    fsync_tree,
     read_json,
     require_directory,
     safe_child,
@@ -84,6 +83,8 @@ class CheckpointManifest:
     """Versions of what wrote it."""
     files: dict[str, FileEntry]
     """Relative name (with `/`) -> size and hash of every file but the manifest."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Validation losses measured at this step, by name; empty: none were."""
     format: str = FORMAT
     """Always `megatron_xmtf.checkpoint`."""
     format_version: int = FORMAT_VERSION
@@ -121,19 +122,26 @@ def finish_checkpoint(
     config: Mapping[str, Any] | None,
     consumed_rows: int,
     contents: Iterable[str],
-    hashes: Mapping[str, str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    written: Mapping[str, FileEntry] | None = None,
 ) -> CheckpointManifest:
     """Write the manifest, flush everything, rename; one rank calls it when all ranks have written.
 
     Args:    temporary: what `begin_checkpoint` returned. path: the final name. contents: of model, optimizer, rng.
-             hashes: relative name -> SHA-256 already known (ranks that hashed their own files); others are read.
-    Raises:  ConfigError: `path` has come to exist. DiskFullError: no space.
+             metrics: validation losses of this step. written: relative name -> size and hash of files that their
+             writers have flushed and read back; the others are hashed and flushed here.
+    Raises:  ConfigError: `path` has come to exist. CheckpointWriteError: a file is not as its writer left it.
+             DiskFullError: no space.
     """
     path = Path(path)
     with disk_errors(path):
-        known = dict(hashes or {})
+        known = dict(written or {})
         names = _file_names(temporary)
-        known.update(hash_files(temporary, [name for name in names if name not in known]))
+        sizes = {name: (temporary / name).stat().st_size for name in names}
+        _check_still_there(temporary, known, sizes)
+        rest = [name for name in names if name not in known]
+        for name, digest in hash_files(temporary, rest).items():
+            known[name] = FileEntry(sizes[name], digest)
         manifest = CheckpointManifest(
             step=step,
             architecture=dict(architecture),
@@ -142,15 +150,38 @@ def finish_checkpoint(
             consumed_rows=consumed_rows,
             contents=tuple(contents),
             versions=_versions(),
-            files={name: FileEntry((temporary / name).stat().st_size, known[name]) for name in names},
+            files={name: known[name] for name in names},
+            metrics=dict(metrics or {}),
         )
         write_json(temporary / MANIFEST_NAME, asdict(manifest))
-        fsync_tree(temporary)
+        _flush(temporary, rest)
         if path.exists():
             raise ConfigError(f"{path} was made by another process meanwhile; this checkpoint is not published.")
         os.replace(temporary, path)
         fsync_directory(path.parent)
     return manifest
+
+
+def _check_still_there(directory: Path, written: Mapping[str, FileEntry], sizes: Mapping[str, int]) -> None:
+    """Refuse to publish what is no longer as its writer left it (a full node-local disk, a cleaner of old files)."""
+    changed = [name for name, entry in written.items() if sizes.get(name) != entry.bytes]
+    if changed:
+        raise CheckpointWriteError(
+            f"{directory} is not published: {', '.join(changed[:5])} were written by a rank and are not there with "
+            "their size. Do all ranks see one file system at this path?"
+        )
+
+
+def _flush(directory: Path, names: Iterable[str]) -> None:
+    """Flush files, and every directory's entries, to the disk."""
+    for name in names:
+        descriptor = os.open(directory / name, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    for path in [directory, *(path for path in directory.rglob("*") if path.is_dir())]:
+        fsync_directory(path)
 
 
 def discard_checkpoint(temporary: Path) -> None:
@@ -223,13 +254,17 @@ def open_manifest(directory: Path | str) -> CheckpointManifest:
     return manifest
 
 
-def verify_hashes(directory: Path | str, manifest: CheckpointManifest) -> None:
+def verify_hashes(directory: Path | str, manifest: CheckpointManifest, *, names: Iterable[str] | None = None) -> None:
     """Read every file of a checkpoint and compare its SHA-256 with the manifest's.
 
+    Args:    names: the files to read; None: all.
     Raises:  CorruptCheckpointError: names every file whose bytes were altered.
     """
-    found = hash_files(Path(directory), manifest.files)
-    altered = [name for name, entry in manifest.files.items() if found[name] != entry.sha256]
+    try:
+        found = hash_files(Path(directory), manifest.files if names is None else names)
+    except OSError as error:  # the disk refuses to read a file that is there
+        raise CorruptCheckpointError(_damaged(Path(directory), [str(error)])) from error
+    altered = [name for name, digest in found.items() if digest != manifest.files[name].sha256]
     if altered:
         raise CorruptCheckpointError(_damaged(Path(directory), [f"{name} was altered" for name in altered]))
 
@@ -280,6 +315,7 @@ def _read_manifest(directory: Path) -> CheckpointManifest:
             contents=tuple(value["contents"]),
             versions=dict(value["versions"]),
             files=files,
+            metrics={str(name): float(number) for name, number in value.get("metrics", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptCheckpointError(f"{path} is not a whole manifest: {type(error).__name__} {error}.") from error

@@ -8,7 +8,23 @@ from pydantic import Field
 
 from megatron_xmtf.config.section import PositiveInt, Section
 
-__all__ = ["CheckpointConfig", "EvaluationConfig", "LoggingConfig", "ProfileConfig", "WandbConfig"]
+__all__ = [
+    "CheckpointConfig",
+    "EvaluationConfig",
+    "KeepBestConfig",
+    "LoggingConfig",
+    "ProfileConfig",
+    "WandbConfig",
+]
+
+
+class KeepBestConfig(Section):
+    """Keep the checkpoint with the best validation loss as well; of those saved at a step that was measured."""
+
+    metric: Annotated[str, Field(min_length=1)]
+    """Name in `metrics.jsonl`, such as `loss/xnli` or `loss/xnli/sw`."""
+    mode: Literal["min", "max"] = "min"
+    """Which values are better. min: losses."""
 
 
 class CheckpointConfig(Section):
@@ -20,10 +36,25 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept, at least 2 (the newest may be the one that is damaged)."""
     keep_every: PositiveInt | None = None
     """Checkpoints whose step is a multiple of this are kept as well."""
+    keep_best: KeepBestConfig | None = None
+    """The checkpoint that is best by a validation loss is kept as well. None: none is."""
     save_optimizer: bool = True
     """Write optimizer and RNG state. False halves or more the size, and such a checkpoint cannot be resumed."""
-    resume: Literal["latest", "none"] | Annotated[int, Field(ge=0, strict=True)] = "latest"
-    """latest: go on from the newest checkpoint of `output` if there is one. A step: exactly that one, or an error.
+    async_save: bool = True
+    """Write beside the training, which stops for the copy alone. False: training waits until all is on the disk."""
+    write_timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
+    """Minutes after which a writer counts as hanging: it is ended, and the run ends with an error on every rank, at the
+    next step. 30: ours; a rank's 10 GB take half a minute on a shared file system of 0.4 GB/s a rank."""
+    export_huggingface: Literal["none", "last", "every"] = "none"
+    """Write Hugging Face models to `OUT/hf/step_N`, from the last checkpoint or from every one, in a process beside
+    the training. Training never waits for it: if an export takes longer than the next checkpoint, that one is skipped,
+    with a warning. The end of the run waits for the last one."""
+    verify_hashes: bool = True
+    """Compare every file of a checkpoint with its SHA-256 before anything in it is read; the ranks share the work,
+    about 1 GB/s each. False: sizes alone."""
+    resume: Literal["latest", "latest_valid", "none"] | Annotated[int, Field(ge=0, strict=True)] = "latest"
+    """latest: go on from the newest checkpoint of `output` if there is one; a damaged one is an error. latest_valid:
+    the newest whose every hash is right, damaged ones are told and set aside. A step: exactly that one, or an error.
     none: start from `model`, and refuse an `output` that already holds checkpoints."""
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_xmtf.checkpoint.directory import find_checkpoint, list_checkpoints, step_directory
-from megatron_xmtf.checkpoint.manifest import MANIFEST_NAME, open_manifest
+from megatron_xmtf.checkpoint.directory import find_checkpoint, find_newest_valid, list_checkpoints, step_directory
+from megatron_xmtf.checkpoint.manifest import MANIFEST_NAME, open_manifest, verify_hashes
 from megatron_xmtf.config.load import write_config
 from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.conversion.huggingface import import_huggingface, match_model
@@ -52,6 +52,8 @@ class StartPoint:
     resumed: bool
     step: int
     """Steps already done."""
+    verified: bool = False
+    """Whether every file has been compared with its hash already."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,11 @@ def prepare_run(
     data_parallel_size = check_world_size(config.parallel, world_size)
     _check_global_batch(config, data_parallel_size)
     check_trackers(config.logging)
-    start = _start_point(config, allowed_changes)
+    start = _start_point(config, allowed_changes, is_first=packing_key is None and import_model)
     # A model still to be imported is checked where it is, so that a mistake leaves no import behind.
     is_checkpoint = (start.checkpoint / MANIFEST_NAME).is_file()
     if is_checkpoint:
+        _verify_side_files(start.checkpoint)
         architecture = architecture_from_mapping(open_manifest(start.checkpoint).architecture)
     else:
         architecture = architecture_from_hf(read_config(Path(config.model)))
@@ -121,6 +124,15 @@ def prepare_run(
         hf_files=start.checkpoint / "hf" if is_checkpoint or import_model else Path(config.model),
         packing_key=packing_key,
     )
+
+
+def _verify_side_files(checkpoint: Path) -> None:
+    """Compare config and tokenizer files with their hashes before they are read; the ranks verify the shards.
+
+    Raises:  CorruptCheckpointError: names the altered files.
+    """
+    manifest = open_manifest(checkpoint)
+    verify_hashes(checkpoint, manifest, names=[name for name in manifest.files if name.startswith("hf/")])
 
 
 def open_training_rows(prepared: PreparedRun) -> PackedRows:
@@ -167,8 +179,11 @@ def _check_global_batch(config: RunConfig, data_parallel_size: int) -> None:
             )
 
 
-def _start_point(config: RunConfig, allowed_changes: Sequence[str]) -> StartPoint:
-    """Find the checkpoint to resume, or the model to start from."""
+def _start_point(config: RunConfig, allowed_changes: Sequence[str], *, is_first: bool) -> StartPoint:
+    """Find the checkpoint to resume, or the model to start from.
+
+    Args:    is_first: False: another rank has set damaged checkpoints aside already.
+    """
     checkpoints = Path(config.output) / "checkpoints"
     existing = list_checkpoints(checkpoints) if checkpoints.is_dir() else []
     resume = config.checkpoint.resume
@@ -192,6 +207,12 @@ def _start_point(config: RunConfig, allowed_changes: Sequence[str]) -> StartPoin
                 f"{chosen.name} into the checkpoints of another output."
             )
         return _resumed(config, chosen, allowed_changes)
+    if resume == "latest_valid" and is_first and checkpoints.is_dir():
+        newest = find_newest_valid(checkpoints)
+        if newest is not None:
+            return replace(_resumed(config, newest, allowed_changes), verified=True)
+    elif resume == "latest_valid" and existing:
+        return replace(_resumed(config, find_checkpoint(checkpoints), allowed_changes), verified=True)
     if checkpoints.is_dir():
         _refuse_damaged(checkpoints, existing)
     if resume == "latest" and existing:

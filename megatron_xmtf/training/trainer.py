@@ -23,9 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_xmtf.checkpoint.directory import step_directory
-from megatron_xmtf.checkpoint.retention import prune_checkpoints
-from megatron_xmtf.checkpoint.sharded import load_model_weights, load_training_state, save_checkpoint
+from megatron_xmtf.checkpoint.sharded import load_model_weights, load_training_state
 from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.data.batch import Batch
 from megatron_xmtf.data.loader import BatchLoader
@@ -42,6 +40,7 @@ from megatron_xmtf.training.prepare import PreparedRun, open_training_rows, open
 from megatron_xmtf.training.profiling import StepProfiler
 from megatron_xmtf.training.replica_check import check_replicas
 from megatron_xmtf.training.run_log import RunLog
+from megatron_xmtf.training.saving import RunCheckpoints
 from megatron_xmtf.training.schedule import learning_rate
 from megatron_xmtf.training.step_totals import largest_peak_memory_gib, step_totals
 from megatron_xmtf.training.validation import validation_batches_by_name, validation_losses
@@ -81,16 +80,23 @@ class Trainer:
         self.prepared, self.topology = prepared, topology
         self.config: RunConfig = prepared.config
         self.step = prepared.start.step
-        self.hf_files = prepared.hf_files
         # model and optimizer: weights are loaded before the optimizer copies them
         self.chunks = _build_chunks(prepared)
+        verify = self.config.checkpoint.verify_hashes and not prepared.start.verified
         if not prepared.start.resumed:
-            load_model_weights(self.chunks, prepared.start.checkpoint)
+            load_model_weights(self.chunks, prepared.start.checkpoint, verify=verify)
         self.optimizer = build_optimizer(self.config, self.chunks)
         self._connect_schedule()
         if prepared.start.resumed:
-            load_training_state(self.chunks, self.optimizer, prepared.start.checkpoint)
+            load_training_state(self.chunks, self.optimizer, prepared.start.checkpoint, verify=verify)
             apply_settings(self.optimizer, self.config.optimizer)
+        self.checkpoints = RunCheckpoints(
+            self.config,
+            chunks=self.chunks,
+            optimizer=self.optimizer,
+            hf_files=prepared.hf_files,
+            is_first=topology.rank == 0,
+        )
         # data
         rows = open_training_rows(prepared)
         self.loader = BatchLoader(
@@ -123,19 +129,21 @@ class Trainer:
         """Train to the last step."""
         config, first = self.config, self.step + 1
         losses: list[float] = []
-        checkpoint: Path | None = None
-        with RunLog(self.prepared, self.topology) as log:
+        with RunLog(self.prepared, self.topology) as log, self.checkpoints:
             while self.step < config.train_steps:
                 with self.profiler.step(self.step + 1):
                     metrics = self.train_step()
                 losses.append(metrics["loss"])
                 if self._due(config.logging.log_interval):
                     metrics.update(self.group_losses.report(device_of(self.chunks)))
-                log.step(metrics, validation=self.validate() if self._due(config.evaluation.interval) else {})
+                validation = self.validate() if self._due(config.evaluation.interval) else {}
+                log.step(metrics, validation=validation)
+                self.checkpoints.after_step(self.step, validation)
                 if self._due(config.logging.replica_check_interval):
                     self.check_replicas()
                 if self._due(config.checkpoint.save_interval) or self.step == config.train_steps:
-                    checkpoint = self.save()
+                    self.save()
+            checkpoint = self.checkpoints.finish()
         return TrainingResult(
             first_step=first,
             last_step=self.step,
@@ -214,25 +222,9 @@ class Trainer:
             check_replicas(self.chunks)
 
     def save(self) -> Path:
-        """Write a checkpoint of the current step and remove those that no rule keeps."""
-        checkpoints = Path(self.config.output) / "checkpoints"
-        path = step_directory(checkpoints, self.step)
+        """Save the current step; it is on the disk when `self.checkpoints` has finished it."""
         with _parameters_gathered(self.chunks, self.config):
-            save_checkpoint(
-                path,
-                chunks=self.chunks,
-                optimizer=self.optimizer if self.config.checkpoint.save_optimizer else None,
-                step=self.step,
-                config=self.config,
-                consumed_rows=self.config.batch.step_rows.before(self.step),
-                hf_files=self.hf_files,
-            )
-        # The checkpoint that the run was resumed from may be pruned; the newest one never is.
-        self.hf_files = path / "hf"
-        if self.topology.rank == 0:
-            keep = self.config.checkpoint
-            prune_checkpoints(checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every)
-        return path
+            return self.checkpoints.save(self.step)
 
     def _due(self, interval: int | None) -> bool:
         return interval is not None and self.step % interval == 0

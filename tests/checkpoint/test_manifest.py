@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_xmtf.checkpoint.directory import find_checkpoint, list_checkpoints, step_directory
+from megatron_xmtf.checkpoint.directory import find_checkpoint, find_newest_valid, list_checkpoints, step_directory
 from megatron_xmtf.checkpoint.manifest import (
     MANIFEST_NAME,
+    FileEntry,
     begin_checkpoint,
     checkpoint_directory,
     finish_checkpoint,
@@ -15,7 +16,13 @@ from megatron_xmtf.checkpoint.manifest import (
     open_manifest,
     verify_hashes,
 )
-from megatron_xmtf.errors import CheckpointError, ConfigError, CorruptCheckpointError, MissingError
+from megatron_xmtf.errors import (
+    CheckpointError,
+    CheckpointWriteError,
+    ConfigError,
+    CorruptCheckpointError,
+    MissingError,
+)
 
 FIELDS = {
     "architecture": {"family": "bloom"},
@@ -48,9 +55,30 @@ def test_known_hashes_are_taken_and_the_rest_computed(tmp_path: Path) -> None:
     temporary = begin_checkpoint(tmp_path / "step_0000001")
     for name in ("__0_0.distcp", "__1_0.distcp"):
         (temporary / name).write_bytes(name.encode())
-    hashes = hash_files(temporary, ["__1_0.distcp"])
-    finish_checkpoint(temporary, tmp_path / "step_0000001", step=1, hashes=hashes, **FIELDS)
+    (digest,) = hash_files(temporary, ["__1_0.distcp"]).values()
+    written = {"__1_0.distcp": FileEntry(12, digest)}
+    finish_checkpoint(temporary, tmp_path / "step_0000001", step=1, written=written, **FIELDS)
     verify_hashes(tmp_path / "step_0000001", open_manifest(tmp_path / "step_0000001"))
+
+
+def test_a_file_that_is_no_longer_as_its_writer_left_it_is_not_published(tmp_path: Path) -> None:
+    temporary = begin_checkpoint(tmp_path / "step_0000001")
+    (temporary / "__0_0.distcp").write_bytes(b"half")
+    for written in ({"__0_0.distcp": FileEntry(8, "0" * 64)}, {"__1_0.distcp": FileEntry(4, "0" * 64)}):
+        with pytest.raises(CheckpointWriteError, match="is not published"):
+            finish_checkpoint(temporary, tmp_path / "step_0000001", step=1, written=written, **FIELDS)
+    assert not (tmp_path / "step_0000001").exists()
+
+
+def test_validation_losses_are_kept_and_manifests_without_them_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "step_0000020"
+    temporary = begin_checkpoint(path)
+    finish_checkpoint(temporary, path, step=20, metrics={"loss/a/sw": 0.1}, **FIELDS)
+    assert open_manifest(path).metrics == {"loss/a/sw": 0.1}
+    contents = json.loads((path / MANIFEST_NAME).read_text())
+    del contents["metrics"]
+    (path / MANIFEST_NAME).write_text(json.dumps(contents))
+    assert open_manifest(path).metrics == {}
 
 
 def test_an_error_inside_leaves_nothing(tmp_path: Path) -> None:
@@ -126,13 +154,47 @@ def test_find_by_step_number_in_run_and_checkpoints_directory(tmp_path: Path) ->
     assert find_checkpoint(tmp_path / "run") == find_checkpoint(checkpoints) == find_checkpoint(newest) == newest
 
 
-def test_a_damaged_newest_is_an_error_unless_it_may_be_skipped(tmp_path: Path) -> None:
+def test_a_damaged_newest_is_an_error_that_names_the_one_before(tmp_path: Path) -> None:
     for step in (20, 40):
         write_checkpoint(step_directory(tmp_path, step), step=step)
     (tmp_path / "step_0000040" / "__0_0.distcp").unlink()
     with pytest.raises(CorruptCheckpointError, match="next older one is .*step_0000020"):
         find_checkpoint(tmp_path)
-    assert find_checkpoint(tmp_path, skip_damaged=True) == tmp_path / "step_0000020"
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    data = bytearray((checkpoint / "__0_0.distcp").read_bytes())
+    data[350] ^= 1
+    (checkpoint / "__0_0.distcp").write_bytes(data)
+
+
+def test_the_newest_valid_is_found_by_hashes_and_damaged_ones_are_told_and_set_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (20, 40, 60, 80):
+        write_checkpoint(step_directory(tmp_path, step), step=step)
+    flip_a_bit(tmp_path / "step_0000040")  # passes the sizes
+    (tmp_path / "step_0000060" / "__0_0.distcp").unlink()
+    (tmp_path / "step_0000080" / MANIFEST_NAME).unlink()  # a copy that was broken off
+    assert find_newest_valid(tmp_path) == tmp_path / "step_0000020"
+    kept = ["damaged_step_0000040", "damaged_step_0000060", "damaged_step_0000080", "step_0000020"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(told) == 3 and all("DAMAGED CHECKPOINT" in message for message in told)
+    assert "__0_0.distcp was altered" in told[2]
+    # The step is trained and damaged again: nothing of the first time is lost.
+    write_checkpoint(step_directory(tmp_path, 40), step=40)
+    flip_a_bit(tmp_path / "step_0000040")
+    find_newest_valid(tmp_path)
+    assert (tmp_path / "damaged_step_0000040-2").is_dir()
+
+
+def test_without_a_valid_checkpoint_nothing_is_set_aside(tmp_path: Path) -> None:
+    assert find_newest_valid(tmp_path) is None
+    flip_a_bit(write_checkpoint(tmp_path / "step_0000020"))
+    with pytest.raises(CorruptCheckpointError, match="none of the 1 checkpoints .* is whole"):
+        find_newest_valid(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_0000020"]
 
 
 def test_what_is_no_checkpoint_gets_a_remedy(tmp_path: Path) -> None:

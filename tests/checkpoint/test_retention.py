@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from megatron_xmtf.checkpoint.directory import list_checkpoints, step_directory
-from megatron_xmtf.checkpoint.manifest import MANIFEST_NAME
+from megatron_xmtf.checkpoint.manifest import MANIFEST_NAME, begin_checkpoint, finish_checkpoint
 from megatron_xmtf.checkpoint.retention import prune_checkpoints
+from megatron_xmtf.config.running import KeepBestConfig
 
 
 @pytest.fixture
@@ -34,6 +36,54 @@ def test_the_last_ones_are_kept(checkpoints: Path) -> None:
 def test_multiples_are_kept_as_well(checkpoints: Path) -> None:
     assert prune_checkpoints(checkpoints, keep_last=2, keep_every=20) == [10, 30, 50]
     assert steps(checkpoints) == [20, 40, 60, 70]
+
+
+def measured(root: Path, losses: dict[int, float | None]) -> Path:
+    """Write checkpoints whose manifests hold a validation loss each."""
+    for step, loss in losses.items():
+        path = step_directory(root, step)
+        fields = {"architecture": {}, "dtype": "float32", "config": None, "consumed_rows": 0, "contents": ["model"]}
+        metrics = {} if loss is None else {"loss/a": loss}
+        finish_checkpoint(begin_checkpoint(path), path, step=step, metrics=metrics, **fields)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("mode", "losses", "best"),
+    [
+        ("min", {10: 2.0, 20: 1.0, 30: 3.0, 40: 1.5, 50: 1.6}, 20),
+        ("max", {10: 2.0, 20: 1.0, 30: 3.0, 40: 1.5, 50: 1.6}, 30),
+        ("min", {10: 1.0, 20: 1.0, 30: 3.0, 40: 3.0, 50: 3.0}, 20),  # the newest of equals
+        ("min", {10: None, 20: 9.0, 30: None, 40: None, 50: None}, 20),  # not measured is not best
+    ],
+)
+def test_the_best_is_kept_as_well(
+    tmp_path: Path, mode: Literal["min", "max"], losses: dict[int, float | None], best: int
+) -> None:
+    root = measured(tmp_path / "checkpoints", losses)
+    prune_checkpoints(root, keep_last=2, keep_every=None, keep_best=KeepBestConfig(metric="loss/a", mode=mode))
+    assert steps(root) == [best, 40, 50]
+
+
+def test_a_better_one_takes_the_place_of_the_best(tmp_path: Path) -> None:
+    rule = KeepBestConfig(metric="loss/a")
+    root = measured(tmp_path / "checkpoints", {10: 1.0, 20: 2.0, 30: 3.0, 40: 0.5})
+    prune_checkpoints(root, keep_last=2, keep_every=None, keep_best=rule)
+    assert steps(root) == [30, 40]
+    measured(root, {50: 3.0, 60: 3.0})
+    prune_checkpoints(root, keep_last=2, keep_every=None, keep_best=rule)
+    assert steps(root) == [40, 50, 60]
+
+
+def test_a_damaged_checkpoint_is_not_the_best(tmp_path: Path) -> None:
+    root = measured(tmp_path / "checkpoints", {10: 0.1, 20: 1.0, 30: 2.0, 40: 2.0})
+    (step_directory(root, 10) / MANIFEST_NAME).write_text("{}")
+    prune_checkpoints(root, keep_last=2, keep_every=None, keep_best=KeepBestConfig(metric="loss/a"))
+    assert steps(root) == [20, 30, 40]
+
+
+def test_what_is_still_read_stays(checkpoints: Path) -> None:
+    assert prune_checkpoints(checkpoints, keep_last=2, keep_every=None, in_use=[30]) == [10, 20, 40, 50]
 
 
 def test_fewer_than_are_kept_stay(checkpoints: Path) -> None:

@@ -260,7 +260,7 @@ def test_an_imported_model_cannot_be_resumed_as_a_run(
 
 
 def fill_the_disk(prepared: PreparedRun) -> None:
-    """Train in one rank whose disk is full when Megatron-Core's writer processes flush a shard."""
+    """Train in one rank whose disk is full when its writer process flushes a shard."""
     rank, fsync = os.getpid(), os.fsync
 
     def no_space(descriptor: int) -> None:

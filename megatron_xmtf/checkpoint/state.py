@@ -1,0 +1,96 @@
+"""What a training holds, as Megatron-Core's sharded tensors: weights, optimizer, RNG states, under global names.
+
+RNG states are stored as plain tensors over (pp, tp, dp), so that a checkpoint needs no pickled object; they are taken
+up again at the same layout only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.utils import unwrap_model
+
+__all__ = ["EXTRA_STATE", "SHARDING", "current_layout", "model_state", "set_rng_states", "training_state"]
+
+SHARDING = {
+    # One key a layer, so that names are those of `conversion.mapping` and any pipeline split reads them.
+    "non_homogeneous_layers": True,
+    # Moments in the shape of their parameters: the one format of the distributed optimizer that any layout reads.
+    "distrib_optim_sharding_type": "fully_reshardable",
+}
+
+EXTRA_STATE = "_extra_state"
+
+
+def current_layout() -> dict[str, int]:
+    """Return the parallel sizes of the running job; RNG states can be taken up at the same ones only."""
+    return {
+        "tp": parallel_state.get_tensor_model_parallel_world_size(),
+        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+        "dp": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """Return the sharded state dict of the model; one entry a chunk, all with global names.
+
+    Megatron-Core's linear layers add an empty `_extra_state` object each (for Transformer Engine's fp8); an empty
+    pickled object is all it would be, so it is left out.
+    """
+    return {
+        f"model{number}": {
+            name: value
+            for name, value in unwrap_model(chunk).sharded_state_dict(metadata=dict(SHARDING)).items()
+            if not name.endswith(EXTRA_STATE)
+        }
+        for number, chunk in enumerate(chunks)
+    }
+
+
+def training_state(
+    chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool = False
+) -> dict[str, Any]:
+    """Return all that a checkpoint holds, as Megatron-Core's sharded tensors."""
+    state = model_state(chunks)
+    weights = dict(state)
+    if not is_loading:
+        state["content_metadata"] = dict(SHARDING)  # where Megatron-Core's own `save` keeps it
+    if optimizer is None:
+        return state
+    state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(SHARDING))
+    state["layout"] = current_layout()
+    state.update(_rng_states())
+    return state
+
+
+def _rng_states() -> dict[str, ShardedTensor]:
+    """Return every RNG state as a uint8 tensor [pp, tp, dp, bytes], so that a checkpoint needs no pickled object."""
+    states = {"torch": torch.get_rng_state(), **get_cuda_rng_tracker().get_states()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    layout = current_layout()
+    return {
+        f"rng.{name}": ShardedTensor.from_rank_offsets(
+            f"rng.{name}",
+            state.clone()[None, None, None],
+            (0, parallel_state.get_pipeline_model_parallel_rank(), layout["pp"]),
+            (1, parallel_state.get_tensor_model_parallel_rank(), layout["tp"]),
+            (2, parallel_state.get_data_parallel_rank(), layout["dp"]),
+        )
+        for name, state in states.items()
+    }
+
+
+def set_rng_states(states: dict[str, torch.Tensor]) -> None:
+    """Take up RNG states as `training_state` stored them, `rng.<name>` -> uint8 [1, 1, 1, bytes]."""
+    named = {key.removeprefix("rng."): state.reshape(-1).cpu() for key, state in states.items()}
+    torch.set_rng_state(named.pop("torch"))
+    if "cuda" in named:
+        torch.cuda.set_rng_state(named.pop("cuda"))
+    get_cuda_rng_tracker().set_states(named)
