@@ -17,6 +17,7 @@ from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.guards import GuardFlags
 from megatron_xmtf.data.loader import require_even_deal
 from megatron_xmtf.data.mixture import open_datasets
+from megatron_xmtf.data.objectives import ObjectiveCounts, ObjectiveDataset
 from megatron_xmtf.data.packing import build_packing_index, index_directory, index_path
 from megatron_xmtf.data.packing_index import ComponentStatistics, PackingIndex
 from megatron_xmtf.errors import ConfigError, nearest_names
@@ -51,6 +52,12 @@ class RunTotals(TypedDict):
     row_fill: RowFill
 
 
+class ObjectivePlan(ObjectiveCounts):
+    """Documents of one dataset, and the examples that its objective makes of them."""
+
+    entry: str
+
+
 class DataPlan(TypedDict):
     """What `xmtf plan CONFIG --json` prints under `data`."""
 
@@ -78,6 +85,8 @@ class DataPlan(TypedDict):
     """The parts of the mixture: wanted_share and share of the whole in that unit, epochs, what held it."""
     guards: GuardPlan
     """What was looked for; the lines of all tables have the keys `guards.checked`, of `GuardCounts`."""
+    objectives: list[ObjectivePlan]
+    """What became of the documents of each dataset that is read under an objective."""
     validation: list[ValidationPlan]
     warnings: list[PlanWarning]
 
@@ -175,6 +184,9 @@ def plan_data(
         "unit": config.data.training_mixture.unit if has_shares else None,
         "components": index.statistics["components"],
         "guards": guards,
+        "objectives": [
+            {"entry": dataset.name, **dataset.counts()} for dataset in datasets if isinstance(dataset, ObjectiveDataset)
+        ],
         "validation": plan_validation(config, datasets, [one.is_selected for one in readable]),
         "warnings": [],
     }

@@ -69,6 +69,8 @@ def word_data_plan(plan: DataPlan, *, fold: bool = True) -> str:
         parts.append(_word_table(title, fold_rows(rows, names, shown) if fold else rows, names))
     if plan["unit"] is not None:
         parts.append(_word_components(plan, fold=fold))
+    if plan["objectives"]:
+        parts.append(_word_objectives(plan))
     if plan["guards"]["contamination"]:
         parts.append(_word_contamination(plan))
     if plan["validation"]:
@@ -229,6 +231,23 @@ def _word_components(plan: DataPlan, *, fold: bool) -> str:
     more = f"\n... {left_out:,} more, nearer to what was wanted" if left_out else ""
     unit = (plan["unit"] or "examples").replace("_", " ")
     return f"mixture, parts of all {unit}\n{align(lines, left=1)}{more}"
+
+
+def _word_objectives(plan: DataPlan) -> str:
+    """Say what became of plain documents; tokens in no example are those of documents of a single token."""
+    header = ["indexed dataset", "objective", "documents", "tokens", "chunks", "of at most", "cut", "in no example"]
+    lines = [
+        [
+            _shorten(part["entry"]),
+            part["objective"],
+            *(f"{part[name]:,}" for name in ("documents", "document_tokens", "chunks")),  # type: ignore[literal-required]
+            f"{part['chunk_length']:,}",
+            f"{part['cut_documents']:,}",
+            f"{part['too_short']:,}",
+        ]
+        for part in plan["objectives"]
+    ]
+    return f"documents under their objectives; a chunk is a record above\n{align([header, *lines], left=2)}"
 
 
 def _percent_cell(fraction: float) -> str:
