@@ -240,7 +240,7 @@ def _word_objectives(plan: DataPlan) -> str:
         [
             _shorten(part["entry"]),
             part["objective"],
-            *(f"{part[name]:,}" for name in ("documents", "document_tokens", "chunks")),  # type: ignore[literal-required]
+            *(f"{part[name]:,}" for name in ("documents", "document_tokens", "chunks")),
             f"{part['chunk_length']:,}",
             f"{part['cut_documents']:,}",
             f"{part['too_short']:,}",
