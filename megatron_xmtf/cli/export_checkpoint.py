@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from megatron_xmtf.conversion.huggingface import export_huggingface
+    from megatron_xmtf.conversion.huggingface_export import export_huggingface
     from megatron_xmtf.conversion.huggingface_model import parse_dtype
 
     done = export_huggingface(arguments.checkpoint, arguments.output, dtype=parse_dtype(arguments.dtype))

@@ -157,10 +157,15 @@ class HuggingFaceModel:
         return found
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds files of weights, whole or not."""
+    return any(next(directory.glob(pattern), None) for pattern in ("*.safetensors*", "pytorch_model*.bin*"))
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """Read config.json, refusing what would need code or cannot be converted.
 
-    Raises:  MissingError: no config.json. CheckpointError: it names code, is quantised, or has an untied head.
+    Raises:  MissingError: no config.json. CheckpointError: it names code, or is quantised.
     """
     path = require_file(directory / "config.json")
     config = read_json(path)
@@ -173,8 +178,6 @@ def read_config(directory: Path) -> dict[str, Any]:
         )
     if config.get("quantization_config"):
         raise CheckpointError(f"{path}: quantised weights cannot be finetuned; use the model they were made from.")
-    if config.get("tie_word_embeddings", True) is not True:
-        raise CheckpointError(f"{path}: tie_word_embeddings=false; the output layer is always the embedding here.")
     return config
 
 

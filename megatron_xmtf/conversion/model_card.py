@@ -10,8 +10,21 @@ from megatron_xmtf.checkpoint.manifest import CheckpointManifest
 __all__ = ["model_card"]
 
 
-def model_card(manifest: CheckpointManifest, *, dtype: str, parameters: int) -> str:
-    """Word the README.md of an exported model: what it is, and how to open it."""
+AUTO_CLASSES = {
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "ForConditionalGeneration": ("AutoModelForSeq2SeqLM", "text2text-generation"),
+}
+"""How the name of a model's class ends -> the class that opens it, and the hub's name of what it does."""
+
+
+def model_card(manifest: CheckpointManifest, *, dtype: str, parameters: int, architecture_class: str) -> str:
+    """Word the README.md of an exported model: what it is, and how to open it.
+
+    Args:  architecture_class: its class in `transformers`.
+    """
+    [(auto_class, pipeline_tag)] = [
+        entry for ending, entry in AUTO_CLASSES.items() if architecture_class.endswith(ending)
+    ]
     version = importlib.metadata.version("megatron_xmtf")
     config = manifest.config or {}
     # The last part of a prefix: where the data lay on the machine that trained is nobody's business.
@@ -27,7 +40,7 @@ def model_card(manifest: CheckpointManifest, *, dtype: str, parameters: int) -> 
     shape = ", ".join(f"{name} {value}" for name, value in manifest.architecture.items())
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {pipeline_tag}
 tags:
 - {manifest.architecture["family"]}
 - megatron_xmtf
@@ -38,9 +51,9 @@ tags:
 {trained}. {parameters:,} parameters in {dtype}. Written by megatron_xmtf {version}.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH")
+model = {auto_class}.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 

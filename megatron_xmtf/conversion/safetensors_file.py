@@ -62,7 +62,7 @@ def plan_shards(headers: Sequence[TensorHeader], *, shard_bytes: int = SHARD_BYT
 
 
 class SafetensorsWriter:
-    """Write the tensors of one file in the order of `headers`, each in one or several parts; a context manager."""
+    """Write the tensors of one file, each in one or several parts, the tensors in any order; a context manager."""
 
     def __init__(self, path: Path, headers: Sequence[TensorHeader]) -> None:
         assert sys.byteorder == "little", "the format is little-endian, and so is every machine that torch runs on"
@@ -70,8 +70,8 @@ class SafetensorsWriter:
         self.headers = sorted(headers, key=lambda header: (-header.dtype.itemsize, header.name))
         """In the order of the file: wide types first, so that every tensor is aligned; then by name."""
         self._stream: IO[bytes] | None = None
-        self._ends: dict[str, int] = {}
-        self._written = 0
+        self._places: dict[str, tuple[int, int]] = {}
+        """Name -> where in the file its next rows go, and where it ends."""
 
     def __enter__(self) -> SafetensorsWriter:
         contents: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -83,24 +83,30 @@ class SafetensorsWriter:
                 "shape": list(header.shape),
                 "data_offsets": [begin, end],
             }
-            self._ends[header.name] = begin = end
+            self._places[header.name] = (begin, end)
+            begin = end
         text = json.dumps(contents, separators=(",", ":")).encode("utf-8")
         text += b" " * (-len(text) % 8)
         self._stream = open(self.path, "wb")
         self._stream.write(struct.pack("<Q", len(text)) + text)
+        data = self._stream.tell()
+        self._places = {name: (data + begin, data + end) for name, (begin, end) in self._places.items()}
         return self
 
     def write(self, name: str, part: torch.Tensor) -> None:
-        """Append the next rows of the tensor whose turn it is.
+        """Append the next rows of a tensor.
 
         Args:  part: on the CPU, in the type of its header.
         """
         assert self._stream is not None, "the file is open inside `with`"
+        place, end = self._places[name]
+        assert place + part.nbytes <= end, f"{name}: more rows than its header says"
+        if self._stream.tell() != place:
+            self._stream.seek(place)
         # numpy knows no bfloat16: the bytes are what is written.
         data = part.contiguous().reshape(-1).view(torch.uint8).numpy()
         self._stream.write(data.data)
-        self._written += part.nbytes
-        assert self._written <= self._ends[name], f"{name}: more rows than its header says, or out of order"
+        self._places[name] = (place + part.nbytes, end)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -108,5 +114,5 @@ class SafetensorsWriter:
         assert self._stream is not None, "the file is open inside `with`"
         self._stream.close()
         if error is None:
-            whole = sum(header.bytes for header in self.headers)
-            assert self._written == whole, f"{self.path}: {self._written} of {whole} bytes were written"
+            short = [name for name, (place, end) in self._places.items() if place != end]
+            assert not short, f"{self.path}: rows of {', '.join(short)} were never written"

@@ -19,13 +19,16 @@ from numpy.typing import NDArray
 from megatron_xmtf.checkpoint.manifest import open_manifest
 from megatron_xmtf.checkpoint.safe_read import CheckpointReader
 from megatron_xmtf.config.schema import ParallelConfig
-from megatron_xmtf.conversion.huggingface import match_checkpoint, match_model
+from megatron_xmtf.conversion.embedding_copies import model_architecture
+from megatron_xmtf.conversion.huggingface import match_model
+from megatron_xmtf.conversion.huggingface_export import match_checkpoint
 from megatron_xmtf.conversion.huggingface_model import HuggingFaceModel, dtype_name
+from megatron_xmtf.conversion.mapping import MatchedParameter
 from megatron_xmtf.data.batch import Batch, build_batch
 from megatron_xmtf.data.rows import Row, pack_examples
 from megatron_xmtf.data.tokenizer import Tokenizer
 from megatron_xmtf.errors import CheckpointError
-from megatron_xmtf.models.architecture import architecture_from_hf, architecture_from_mapping
+from megatron_xmtf.models.architecture import architecture_from_mapping
 from megatron_xmtf.progress import Progress
 
 if TYPE_CHECKING:
@@ -99,26 +102,33 @@ def compare_weights(checkpoint: Path | str, directory: Path | str) -> WeightsCom
         if [(p.ours, p.shape) for p in theirs] != [(p.ours, p.shape) for p in ours.values()]:
             raise CheckpointError(
                 f"{checkpoint} is a {architecture_from_mapping(manifest.architecture)}, "
-                f"{model.directory} a {architecture_from_hf(model.config)}."
+                f"{model.directory} a {model_architecture(model)}."
             )
-        differing = []
+        found: dict[str, float | None] = {}
         with Progress("verify weights", total=len(theirs), unit="tensors") as progress:
             for parameter in theirs:
-                dtype = narrower(reader.tensors[parameter.ours].dtype, model.tensors[parameter.hf].dtype)
-                difference = 0.0
-                same = True
-                for rows in reader.row_parts(parameter.ours, rows=parameter.shape[0]):
-                    left = reader.read(parameter.ours, rows=rows).to(dtype)
-                    right = model.read(parameter.hf, rows=rows).to(dtype)
-                    if not _same_bits(left, right):
-                        same = False
-                        difference = max(difference, float((left.float() - right.float()).abs().max()))
-                if not same:
-                    differing.append(DifferingTensor(parameter.hf, difference))
+                found.update(_compare_parameter(reader, model, parameter))
                 progress.advance()
         hf_types = {dtype_name(tensor.dtype) for tensor in model.tensors.values()}
     hf_dtype = hf_types.pop() if len(hf_types) == 1 else "mixed"
-    return WeightsComparison(not differing, len(theirs), tuple(differing), manifest.dtype, hf_dtype)
+    differing = tuple(DifferingTensor(name, value) for name, value in found.items() if value is not None)
+    return WeightsComparison(not differing, len(found), differing, manifest.dtype, hf_dtype)
+
+
+def _compare_parameter(
+    reader: CheckpointReader, model: HuggingFaceModel, parameter: MatchedParameter
+) -> dict[str, float | None]:
+    """Compare the Hugging Face tensors of one parameter: name -> largest difference, None where no bit differs."""
+    found: dict[str, float | None] = dict.fromkeys(parameter.hf)
+    for start, end in reader.row_parts(parameter.ours, rows=parameter.shape[0]):
+        part = reader.read(parameter.ours, rows=(start, end))
+        for name, rows, view in parameter.source_views(part, start=start):
+            dtype = narrower(part.dtype, model.tensors[name].dtype)
+            left, right = view.to(dtype), model.read(name, rows=rows).to(dtype).view(view.shape)
+            if not _same_bits(left, right):
+                difference = float((left.float() - right.float()).abs().max())
+                found[name] = max(found[name] or 0.0, difference)
+    return found
 
 
 def compare_logits(
@@ -138,7 +148,7 @@ def compare_logits(
 
     checkpoint, directory = Path(checkpoint), Path(directory)
     with HuggingFaceModel(directory) as model:
-        vocab_size = architecture_from_hf(model.config).vocab_size
+        vocab_size = model_architecture(model).vocab_size
         stored = {tensor.dtype for tensor in model.tensors.values()}
     with CheckpointReader(checkpoint) as reader:
         weights = match_checkpoint(reader, open_manifest(checkpoint))

@@ -54,6 +54,11 @@ class BloomArchitecture:
         """
         sizes = {"attention heads": self.num_attention_heads, "vocabulary rows": self.padded_vocab_size}
         check_tensor_parallel(parallel.tensor_model_parallel_size, sizes=sizes)
+        if parallel.pipeline_layers is not None:
+            raise ConfigError(
+                "parallel.pipeline_layers is for encoder-decoders; a BLOOM's stages share the layers evenly, but for "
+                "parallel.num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage."
+            )
         self.chunk_layers(parallel)
 
     def chunk_layers(self, parallel: ParallelConfig) -> list[list[int]]:
@@ -120,12 +125,16 @@ class BloomArchitecture:
 def bloom_from_hf(config: Mapping[str, Any]) -> BloomArchitecture:
     """Read a BLOOM from the contents of a Hugging Face config.json.
 
-    Raises:  CheckpointError: a missing or impossible size, a residual behind the norm.
+    Raises:  CheckpointError: a missing or impossible size, a residual behind the norm, an output layer of its own.
     """
     if config.get("apply_residual_connection_post_layernorm"):
         raise CheckpointError(
             "config.json: apply_residual_connection_post_layernorm=true is not offered: Megatron-Core keeps the "
             "residual before the norm, as every published BLOOM does, and the model would compute something else."
+        )
+    if config.get("tie_word_embeddings", True) is not True:
+        raise CheckpointError(
+            "config.json: tie_word_embeddings=false: a BLOOM's output layer is always the embedding here."
         )
     architecture = BloomArchitecture(
         hidden_size=read_size(config, "hidden_size", "n_embed"),

@@ -6,7 +6,7 @@
     positions          relative                 relative                      learned
     attention_scaling  no                       no                            yes
     tied_embeddings    yes                      yes                           no
-    tied_head          no                       yes                           yes, the decoder's table
+    tied_head          no                       yes                           no
     scaled_head        no                       yes, by hidden_size^-0.5      no
 
 Source:  Raffel et al. 2020 (T5); Shazeer 2020 (gated GELU, T5 v1.1); Xue et al. 2021 (mT5); Soltan et al. 2022 (AlexaTM
@@ -229,7 +229,7 @@ def _feed_forward(config: Mapping[str, Any], *, default: str) -> Literal["gated_
     Raises:  CheckpointError: another one than is offered, or fields that contradict each other.
     """
     value = config.get("feed_forward_proj", default)
-    if value not in FEED_FORWARDS:
+    if not isinstance(value, str) or value not in FEED_FORWARDS:
         raise CheckpointError(
             f"config.json: feed_forward_proj={value!r} is not offered; offered: {', '.join(FEED_FORWARDS)}."
         )

@@ -18,7 +18,8 @@ from transformers.utils.logging import disable_progress_bar
 from megatron_xmtf.config import ParallelConfig, load_config, write_config
 from megatron_xmtf.config.load import config_from_mapping
 from megatron_xmtf.config.schema import RunConfig
-from megatron_xmtf.conversion.huggingface import export_huggingface, import_huggingface
+from megatron_xmtf.conversion.huggingface import import_huggingface
+from megatron_xmtf.conversion.huggingface_export import export_huggingface
 from megatron_xmtf.conversion.verify import LogitsComparison, compare_logits
 from megatron_xmtf.data.mixture import open_datasets
 from megatron_xmtf.data.packing import build_packing_index, index_directory

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from megatron_xmtf.checkpoint.manifest import checkpoint_directory, open_manifest, verify_hashes
 from megatron_xmtf.checkpoint.safe_read import CheckpointReader, check_safe
-from megatron_xmtf.checkpoint.streamed_write import StreamedWriter, row_ranges
-from megatron_xmtf.conversion import huggingface
-from megatron_xmtf.conversion.huggingface import export_huggingface, import_huggingface
+from megatron_xmtf.checkpoint.streamed_write import StreamedWriter
+from megatron_xmtf.conversion import huggingface, huggingface_export
+from megatron_xmtf.conversion.huggingface import import_huggingface
+from megatron_xmtf.conversion.huggingface_export import export_huggingface
 from megatron_xmtf.conversion.safetensors_file import SafetensorsWriter, TensorHeader, plan_shards
 from megatron_xmtf.errors import (
     CheckpointError,
@@ -91,8 +92,8 @@ def test_round_trip_keeps_every_bit(
 ) -> None:
     tensors = write_model(tmp_path / "model", dtype=dtype, shard=shard)
     # Chunks of a few rows, and files of a few tensors: the paths that a large model takes.
-    monkeypatch.setattr(huggingface, "row_ranges", partial(row_ranges, chunk_bytes=1500))
-    monkeypatch.setattr(huggingface, "plan_shards", partial(plan_shards, shard_bytes=40_000))
+    monkeypatch.setattr(huggingface, "CHUNK_BYTES", 1500)
+    monkeypatch.setattr(huggingface_export, "plan_shards", partial(plan_shards, shard_bytes=40_000))
     done = import_huggingface(tmp_path / "model", tmp_path / "checkpoint")
     assert (done.tensors, done.dtype) == (29, str(dtype).removeprefix("torch."))
     assert done.parameters == sum(tensor.numel() for tensor in tensors.values())
@@ -230,7 +231,7 @@ def test_wrong_tensors_are_named(
     ("changes", "message"),
     [
         ({"auto_map": {"AutoModel": "evil.Model"}}, "names code to run"),
-        ({"model_type": "llama"}, "model_type 'llama' has no family here; known: bloom"),
+        ({"model_type": "llama"}, "model_type 'llama' has no family here; known: bloom, mt5, t5"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=false"),
         ({"n_layer": 3}, r"missing \(12\)"),
