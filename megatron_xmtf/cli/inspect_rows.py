@@ -23,6 +23,7 @@ def inspect_run(path: Path, arguments: argparse.Namespace) -> tuple[dict[str, An
     from megatron_xmtf.config import load_config
     from megatron_xmtf.data.mixture import open_datasets
     from megatron_xmtf.data.packing import index_directory, index_path, open_packing_index
+    from megatron_xmtf.evaluation.guarding import drop_flagged
 
     config = load_config(path, arguments.overrides)
     tokenizer = load_tokenizer(arguments) if arguments.tokenizer else _model_tokenizer(config)
@@ -36,6 +37,7 @@ def inspect_run(path: Path, arguments: argparse.Namespace) -> tuple[dict[str, An
         rows_needed=config.train_rows,
         seed=config.seed,
         directory=index_directory(config),
+        guards=drop_flagged(config, datasets, build=False),
     )
     report, text = _describe_packing(index_path(index_directory(config), index.key), index)
     return _with_rows(report, text, index, datasets, arguments, tokenizer=tokenizer, config=config)
