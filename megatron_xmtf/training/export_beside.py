@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from megatron_xmtf.checkpoint.directory import step_directory
-from megatron_xmtf.conversion.huggingface import export_huggingface
+from megatron_xmtf.conversion.huggingface_export import export_huggingface
 from megatron_xmtf.errors import CheckpointWriteError
 
 __all__ = ["ExportsBeside"]
