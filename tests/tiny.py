@@ -50,10 +50,14 @@ def _draw_t5_weights(model, *, seed: int):
 
     if not getattr(model.config, "scale_decoder_outputs", False):
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    # A tied head is similar to the embedding that the residual starts with: layers must outweigh it.
+    tied = model.lm_head.weight is model.shared.weight
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             center, width = 0.0, 0.12
+            if tied and name.endswith((".o.weight", ".wo.weight")):
+                width = 0.5
             if name.endswith("layer_norm.weight"):
                 center, width = 1.0, 0.1
             elif name in ("shared.weight", "lm_head.weight"):
