@@ -15,8 +15,9 @@ from megatron_xmtf.checkpoint.directory import find_checkpoint, find_newest_vali
 from megatron_xmtf.checkpoint.manifest import MANIFEST_NAME, open_manifest, verify_hashes
 from megatron_xmtf.config.load import write_config
 from megatron_xmtf.config.schema import RunConfig
+from megatron_xmtf.conversion.embedding_copies import directory_architecture
 from megatron_xmtf.conversion.huggingface import import_huggingface, match_model
-from megatron_xmtf.conversion.huggingface_model import HuggingFaceModel, read_config
+from megatron_xmtf.conversion.huggingface_model import HuggingFaceModel, has_weights
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.loader import require_even_deal
 from megatron_xmtf.data.mixture import open_datasets
@@ -33,7 +34,7 @@ from megatron_xmtf.data.tokenizer import Tokenizer
 from megatron_xmtf.errors import CheckpointError, ConfigError, CorruptCheckpointError, MissingError
 from megatron_xmtf.evaluation.guarding import drop_flagged
 from megatron_xmtf.files import require_directory, sha256_json
-from megatron_xmtf.models.architecture import BloomArchitecture, architecture_from_hf, architecture_from_mapping
+from megatron_xmtf.models.architecture import Architecture, architecture_from_mapping
 from megatron_xmtf.parallel.topology import check_world_size
 from megatron_xmtf.training.resume import check_same_run
 from megatron_xmtf.training.trackers import check_trackers
@@ -61,7 +62,7 @@ class PreparedRun:
     """What every rank is given; small and picklable."""
 
     config: RunConfig
-    architecture: BloomArchitecture
+    architecture: Architecture
     start: StartPoint
     hf_files: Path
     """Directory with config.json and tokenizer files, carried into the first checkpoint, from there into the next."""
@@ -96,7 +97,7 @@ def prepare_run(
         _verify_side_files(start.checkpoint)
         architecture = architecture_from_mapping(open_manifest(start.checkpoint).architecture)
     else:
-        architecture = architecture_from_hf(read_config(Path(config.model)))
+        architecture = directory_architecture(config.model)
     architecture.check_split(config.parallel)
     tokenizer = Tokenizer.load(start.checkpoint / "hf" if is_checkpoint else config.model)
     if tokenizer.vocab_size > architecture.vocab_size:
@@ -109,7 +110,7 @@ def prepare_run(
     if not is_checkpoint and import_model:
         logger.info("importing %s", config.model)
         import_huggingface(config.model, start.checkpoint)
-    elif not is_checkpoint and _has_weights(Path(config.model)):
+    elif not is_checkpoint and has_weights(Path(config.model)):
         with HuggingFaceModel(config.model) as model:
             match_model(model)
     if packing_key is None:
@@ -241,10 +242,6 @@ def _initial_checkpoint(config: RunConfig) -> Path:
         return find_checkpoint(model)
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in model.iterdir() if path.is_file()]
     return Path(config.output) / "imported" / sha256_json([str(model.resolve()), *sorted(files)])[:16]
-
-
-def _has_weights(model: Path) -> bool:
-    return any(next(model.glob(pattern), None) for pattern in ("*.safetensors*", "pytorch_model*.bin*"))
 
 
 def _refuse_damaged(checkpoints: Path, existing: Sequence[tuple[int, Path]]) -> None:
