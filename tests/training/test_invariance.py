@@ -2,88 +2,124 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_xmtf.config import RunConfig
-from megatron_xmtf.parallel.launch import run_ranks
-from megatron_xmtf.parallel.topology import initialize_parallel
-from megatron_xmtf.training.prepare import PreparedRun, prepare_run
-from megatron_xmtf.training.trainer import Trainer
-from tests.layouts import LAYOUTS
+from megatron_xmtf.training.prepare import prepare_run
+from tests.layouts import LAYOUTS, PP, TP
+from tests.training.curves import Curve, Run, curves
 
 STEPS = 20
 TOLERANCE = 1e-5
+VPP = "virtual_pipeline_model_parallel_size"
+ZERO1: dict[str, Any] = {"use_distributed_optimizer": True}
+OVERLAP_GRADIENTS: dict[str, Any] = {"overlap_grad_reduce": True}
+OVERLAP: dict[str, Any] = {**ZERO1, **OVERLAP_GRADIENTS, "overlap_param_gather": True}
+SEQUENCE: dict[str, Any] = {TP: 2, "sequence_parallel": True}
+FULL: dict[str, Any] = {"granularity": "full"}
 
-VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
-    **{name: (ranks, {"parallel": section}) for name, (ranks, section) in LAYOUTS.items()},
-    "distributed-optimizer": (1, {"parallel": {"use_distributed_optimizer": True}}),
-    "micro-batch-1": (1, {"batch": {"micro_batch_size": 1, "global_batch_size": 8, "sequence_length": 64}}),
-    "recompute-full": (1, {"recompute": {"granularity": "full"}}),
-    "recompute-selective": (1, {"recompute": {"granularity": "selective"}}),
-    "reference-attention": (1, {"kernels": {"attention": "reference"}}),
+PARALLEL: dict[str, tuple[int, dict[str, Any]]] = {
+    **LAYOUTS,
+    "one-process-distributed-optimizer": (1, ZERO1),
+    "DP2-overlap-gradients": (2, OVERLAP_GRADIENTS),
+    "DP2-distributed-optimizer-overlap-gradients": (2, {**ZERO1, **OVERLAP_GRADIENTS}),
+    "PP2-DP2": (4, {PP: 2}),
+    "PP2-DP2-overlap": (4, {PP: 2, **OVERLAP}),
+    "PP2-VPP2-DP2-overlap": (4, {PP: 2, VPP: 2, **OVERLAP}),
+    "PP2-uneven-3-1": (2, {PP: 2, "num_layers_in_first_pipeline_stage": 3}),
 }
 
 
-def rank_curve(prepared: PreparedRun) -> list[tuple[float, float]]:
-    """Train in one rank and return (loss, gradient norm) of each step."""
-    topology = initialize_parallel(prepared.config.parallel, seed=prepared.config.seed)
-    trainer = Trainer(prepared, topology)
-    metrics = [trainer.train_step() for _ in range(STEPS)]
-    return [(step["loss"], step["grad_norm"]) for step in metrics]
+def batch(micro_batch_size: int, **more: Any) -> dict[str, Any]:
+    return {"batch": {"micro_batch_size": micro_batch_size, "global_batch_size": 8, "sequence_length": 64, **more}}
 
 
-def curve(run_config: Callable[..., RunConfig], world_size: int, sections: dict[str, Any]) -> list[tuple[float, float]]:
-    prepared = prepare_run(run_config(**sections), world_size=world_size)
-    curves = run_ranks(rank_curve, world_size=world_size, arguments=(prepared,))
-    assert all(other == curves[0] for other in curves), "every rank reports the same numbers"
-    return curves[0]
+VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
+    **{name: (ranks, {"parallel": section}) for name, (ranks, section) in PARALLEL.items()},
+    "micro-batch-1": (1, batch(1)),
+    "micro-batch-4": (1, batch(4)),
+    "micro-batch-1-PP2-VPP2": (2, {**batch(1), "parallel": {PP: 2, VPP: 2}}),
+    "recompute-selective": (1, {"recompute": {"granularity": "selective"}}),
+    "recompute-full-uniform": (1, {"recompute": {**FULL, "method": "uniform", "num_layers": 1}}),
+    "recompute-full-uniform-2": (1, {"recompute": {**FULL, "method": "uniform", "num_layers": 2}}),
+    "recompute-full-block-3": (1, {"recompute": {**FULL, "method": "block", "num_layers": 3}}),
+    "recompute-selective-TP2-SP": (2, {"parallel": SEQUENCE, "recompute": {"granularity": "selective"}}),
+    "recompute-full-TP2-SP": (2, {"parallel": SEQUENCE, "recompute": FULL}),
+    "recompute-full-block-1-PP2": (
+        2,
+        {"parallel": {PP: 2}, "recompute": {**FULL, "method": "block", "num_layers": 1}},
+    ),
+    "reference-attention": (1, {"kernels": {"attention": "reference"}}),
+    "unpacked": (1, {}),
+}
+
+RAMP = {"rampup_batch_size": {"start": 4, "increment": 4, "rows": 64}}
+"""Steps of 4 rows, then of 8 from row 64 on: both sizes are in 20 steps."""
+
+RAMPED: dict[str, tuple[int, dict[str, Any]]] = {
+    "ramp-micro-batch-1": (1, batch(1, **RAMP)),
+    "ramp-DP2-overlap": (2, {**batch(2, **RAMP), "parallel": OVERLAP}),
+    "ramp-PP2-VPP2": (2, {**batch(2, **RAMP), "parallel": {PP: 2, VPP: 2}}),
+}
+
+GROUPS = {
+    # for each number of ranks, all runs that are trained together; the references are those of one rank
+    1: {"reference": {}, "another-seed": {"seed": 7}, "ramp-reference": batch(2, **RAMP)},
+    2: {},
+    4: {},
+    6: {},
+}
+for variant, (variant_ranks, variant_sections) in {**VARIANTS, **RAMPED}.items():
+    GROUPS[variant_ranks][variant] = variant_sections
 
 
 @pytest.fixture(scope="module")
-def reference_curve(tiny_checkpoint: Path, tiny_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def curve_of(
+    tiny_checkpoint: Path, tiny_pairs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Curve]:
+    """Return the curve of a run by name; the first of a number of ranks trains all of them."""
     from tests.conftest import make_run_config
 
-    make = make_run_config(tiny_checkpoint, tiny_pairs, tmp_path_factory.mktemp("reference"))
-    losses = curve(make, 1, {})
-    assert losses[-1][0] < 0.9 * losses[0][0], "the model must learn for the comparison to mean something"
-    return losses
+    make = make_run_config(tiny_checkpoint, tiny_pairs, tmp_path_factory.mktemp("invariance"))
+    found: dict[str, Curve] = {}
+
+    def curve(name: str) -> Curve:
+        if name not in found:
+            (ranks,) = (ranks for ranks, group in GROUPS.items() if name in group)
+            runs = {
+                one: Run(prepare_run(make(**sections), world_size=ranks), ranks, STEPS, unpacked=one == "unpacked")
+                for one, sections in GROUPS[ranks].items()
+            }
+            found.update(curves(runs))
+        return found[name]
+
+    return curve
+
+
+def assert_equal(found: Curve, wanted: Curve) -> None:
+    assert len(found) == len(wanted) == STEPS
+    for step, (ours, theirs) in enumerate(zip(found, wanted, strict=True), 1):
+        assert ours[0] == pytest.approx(theirs[0], rel=TOLERANCE), f"loss of step {step}"
+        assert ours[1] == pytest.approx(theirs[1], rel=10 * TOLERANCE), f"gradient norm of step {step}"
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_curve_equals_one_process(
-    name: str, reference_curve: list[tuple[float, float]], run_config: Callable[..., RunConfig]
-) -> None:
-    world_size, sections = VARIANTS[name]
-    for step, (ours, wanted) in enumerate(zip(curve(run_config, world_size, sections), reference_curve, strict=True)):
-        assert ours[0] == pytest.approx(wanted[0], rel=TOLERANCE), f"loss of step {step + 1}"
-        assert ours[1] == pytest.approx(wanted[1], rel=10 * TOLERANCE), f"gradient norm of step {step + 1}"
+def test_curve_equals_one_process(name: str, curve_of: Callable[[str], Curve]) -> None:
+    reference = curve_of("reference")
+    assert reference[-1][0] < 0.9 * reference[0][0], "the model must learn for the comparison to mean something"
+    assert_equal(curve_of(name), reference)
 
 
-@pytest.mark.parametrize("name", ["TP2", "TP2-SP"])
-def test_recomputation_draws_the_same_dropout(
-    name: str, tiny_hf: Path, tmp_path: Path, run_config: Callable[..., RunConfig]
-) -> None:
-    model = shutil.copytree(tiny_hf, tmp_path / "dropout")
-    config = json.loads((model / "config.json").read_text())
-    config.update(hidden_dropout=0.1, attention_dropout=0.1)
-    (model / "config.json").write_text(json.dumps(config))
-    world_size, section = LAYOUTS[name]
-
-    def curve_with(granularity: str) -> list[tuple[float, float]]:
-        sections = {"model": str(model), "parallel": section, "recompute": {"granularity": granularity}}
-        return curve(run_config, world_size, sections)
-
-    assert curve_with("full") == curve_with("none")
+@pytest.mark.parametrize("name", RAMPED)
+def test_a_batch_size_ramp_is_the_same_at_every_layout(name: str, curve_of: Callable[[str], Curve]) -> None:
+    reference = curve_of("ramp-reference")
+    assert reference[0] != curve_of("reference")[0], "the first step has fewer rows"
+    assert_equal(curve_of(name), reference)
 
 
-def test_another_seed_gives_another_curve(
-    reference_curve: list[tuple[float, float]], run_config: Callable[..., RunConfig]
-) -> None:
-    other = curve(run_config, 1, {"seed": 7})
-    assert abs(other[0][0] - reference_curve[0][0]) > 100 * TOLERANCE * reference_curve[0][0]
+def test_another_seed_gives_another_curve(curve_of: Callable[[str], Curve]) -> None:
+    other, reference = curve_of("another-seed"), curve_of("reference")
+    assert abs(other[0][0] - reference[0][0]) > 100 * TOLERANCE * reference[0][0]

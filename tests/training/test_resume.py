@@ -1,15 +1,23 @@
-"""What may change between two parts of a run, and what may not."""
+"""What may change between two parts of a run, and what may not; a run that was interrupted goes on as if it had not."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_xmtf.checkpoint.manifest import open_manifest
 from megatron_xmtf.config import RunConfig, config_from_mapping
 from megatron_xmtf.errors import ConfigMismatchError, ExitCode
+from megatron_xmtf.parallel.launch import run_ranks
+from megatron_xmtf.training.prepare import prepare_run
 from megatron_xmtf.training.resume import check_same_run
+from megatron_xmtf.training.trainer import train_rank
+from tests.layouts import LAYOUTS
 
 
 def run(**sections: Any) -> RunConfig:
@@ -136,3 +144,52 @@ def test_a_key_that_the_checkpoint_did_not_know_is_named() -> None:
     del before["seed"]
     with pytest.raises(ConfigMismatchError, match="seed: None -> 42"):
         check_same_run(run(), before, allowed_changes=[])
+
+
+def train_to_the_end(config: RunConfig, world_size: int) -> list[dict[str, Any]]:
+    run_ranks(train_rank, world_size=world_size, arguments=(prepare_run(config, world_size=world_size),))
+    lines = (Path(config.output) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("name", ["TP2-SP", "PP2-VPP2"])
+def test_within_a_batch_size_ramp_and_with_dropout_a_run_goes_on_bit_identical(
+    name: str, run_config: Callable[..., RunConfig]
+) -> None:
+    world_size, section = LAYOUTS[name]
+    ramp = {"start": 4, "increment": 4, "rows": 36}  # increments after 18 and 36 rows
+    sections: dict[str, Any] = {
+        "parallel": section,
+        "batch": {
+            "micro_batch_size": 1,
+            "global_batch_size": 12,
+            "sequence_length": 64,
+            "rampup_batch_size": ramp,
+        },
+        "dropout": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+        "schedule": {"train_rows": 72, "lr_decay_style": "linear"},
+        "checkpoint": {"save_interval": 6},
+    }
+    config = run_config(**sections)
+    whole = train_to_the_end(config, world_size)
+    assert [step["rows"] for step in whole] == [4, 4, 4, 4, 4, 8, 8, 12, 12, 12]
+    assert [step["learning_rate"] for step in whole][5:] == pytest.approx(
+        [1e-3 * (72 - rows) / 72 for rows in (28, 36, 48, 60, 72)], abs=1e-12
+    )
+    checkpoints = Path(config.output) / "checkpoints"
+    consumed = [open_manifest(checkpoints / f"step_{step:07d}").consumed_rows for step in (6, 10)]
+    assert consumed == [28, 72]
+    shutil.rmtree(checkpoints / "step_0000010")
+    again = train_to_the_end(config, world_size)
+    for before, after in zip(whole, again, strict=True):
+        for key in ("step", "loss", "grad_norm", "learning_rate", "rows", "examples", "tokens", "target_tokens"):
+            assert after[key] == before[key], f"{key} of step {before['step']}"
+    # Other layouts read the same rows of each step.
+    other = run_config(**{**sections, "parallel": {}, "output": config.output + "-other"})
+    shutil.copytree(config.output, other.output)
+    shutil.rmtree(Path(other.output) / "checkpoints" / "step_0000010")
+    moved = train_to_the_end(other, 2)
+    for before, after in zip(whole, moved, strict=True):
+        assert [after[key] for key in ("rows", "examples", "tokens", "target_tokens")] == [
+            before[key] for key in ("rows", "examples", "tokens", "target_tokens")
+        ]
