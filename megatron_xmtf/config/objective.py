@@ -62,8 +62,8 @@ class ObjectiveConfig(Section):
     sentinel: str | None = None
     """How the vocabulary spells its sentinels, {} being 0, 1, 2 ...: "<extra_id_{}>" in T5, mT5 and Flan-T5."""
     chunk_length: Annotated[int, Field(ge=3, strict=True)] | None = None
-    """Tokens of a document that an example is made of at most; a longer one is cut into even parts. None: as many as
-    always fit the rows of the run."""
+    """Tokens of a document that an example is made of at most; a longer one is cut into parts of so many and the rest.
+    None: as many as always fit the rows of the run."""
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
     """Decides where documents are cut in two. Apart from the run's `seed`: lengths follow from it, and so the rows."""
 

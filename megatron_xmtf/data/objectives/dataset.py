@@ -157,7 +157,7 @@ class ObjectiveDataset(ExampleDataset):
             "chunk_length": self.chunks.chunk_length,
             "chunks": len(self),
             "cut_documents": int(np.count_nonzero(lengths > self.chunks.chunk_length)),
-            # An even cut of a longer document leaves no part below two tokens.
+            # The parts of a longer document have two tokens at least.
             "too_short": len(short),
             "too_short_tokens": int(short.sum(dtype=np.int64)),
         }

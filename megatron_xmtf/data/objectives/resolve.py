@@ -29,7 +29,7 @@ WORD_START = "▁"
 
 
 SHORTEST_CHUNK = 3
-"""Documents of more tokens than a chunk can be cut evenly without leaving a single token."""
+"""Below, a chunk could not give a rest of one token another."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def choose_chunk_length(objective: ObjectiveConfig, rule: ObjectiveRule, room: R
     if isinstance(rule, SpanCorruption):
         fits &= rule.spans(lengths) <= len(rule.sentinels)
         enough += f", the vocabulary {len(rule.sentinels)} sentinels"
-    # An even cut makes chunks shorter than asked for, so all shorter ones must fit as well.
+    # Short documents and rests are shorter chunks, so all shorter ones must fit as well.
     longest = int(lengths[-1]) if fits.all() else int(lengths[np.argmin(fits)]) - 1
     if longest < SHORTEST_CHUNK:
         raise ConfigError(

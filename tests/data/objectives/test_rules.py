@@ -142,20 +142,20 @@ def test_noise_differs_between_occurrences_and_the_cut_does_not():
 
 
 def test_chunks_worked_by_hand():
-    chunks = Chunks(np.array([5, 13, 0, 7], np.int32), chunk_length=6)
+    chunks = Chunks(np.array([5, 13, 0, 10], np.int32), chunk_length=6)
     assert len(chunks) == 7
     lengths, is_end = chunks.lengths(0, 7)
-    assert lengths.tolist() == [5, 5, 4, 4, 0, 4, 3]
+    assert lengths.tolist() == [5, 6, 5, 2, 0, 6, 4]
     assert is_end.tolist() == [True, False, False, True, True, False, True]
     assert chunks.documents.tolist() == [0, 1, 1, 1, 2, 3, 3]
     assert [chunks.locate(chunk) for chunk in range(7)] == [
         (0, 0, 5, True),
-        (1, 0, 5, False),
-        (1, 5, 4, False),
-        (1, 9, 4, True),
+        (1, 0, 6, False),
+        (1, 6, 5, False),
+        (1, 11, 2, True),
         (2, 0, 0, True),
-        (3, 0, 4, False),
-        (3, 4, 3, True),
+        (3, 0, 6, False),
+        (3, 6, 4, True),
     ]
 
 
