@@ -34,6 +34,7 @@ from megatron_xmtf.parallel.topology import Topology, destroy_parallel, initiali
 from megatron_xmtf.training.group_losses import GroupLosses
 from megatron_xmtf.training.loss import micro_batch_loss
 from megatron_xmtf.training.loss_scale import OverflowWatch
+from megatron_xmtf.training.main_parameters import load_main_parameters
 from megatron_xmtf.training.metrics import StepRates
 from megatron_xmtf.training.optimizer import apply_settings, build_optimizer, set_learning_rate
 from megatron_xmtf.training.prepare import PreparedRun, open_training_rows, open_validation_rows
@@ -90,6 +91,8 @@ class Trainer:
         if prepared.start.resumed:
             load_training_state(self.chunks, self.optimizer, prepared.start.checkpoint, verify=verify)
             apply_settings(self.optimizer, self.config.optimizer)
+        else:
+            load_main_parameters(self.chunks, self.optimizer, prepared.start.checkpoint)
         self.checkpoints = RunCheckpoints(
             self.config,
             chunks=self.chunks,
