@@ -18,8 +18,12 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_xmtf.data.batch import Batch
+from megatron_xmtf.data.encoder_decoder_batch import EncoderDecoderBatch
 
-__all__ = ["chunk_iterators", "device_of", "forward_chunk", "run_forward", "run_logits"]
+__all__ = ["MicroBatch", "chunk_iterators", "device_of", "forward_chunk", "run_forward", "run_logits"]
+
+MicroBatch = Batch | EncoderDecoderBatch
+"""What a model of any family reads."""
 
 
 def device_of(chunks: Sequence[torch.nn.Module]) -> torch.device:
@@ -28,25 +32,23 @@ def device_of(chunks: Sequence[torch.nn.Module]) -> torch.device:
 
 
 def forward_chunk(
-    batches: Iterator[Batch], chunk: torch.nn.Module, *, with_labels: bool = True
-) -> tuple[Tensor, Batch]:
+    batches: Iterator[MicroBatch], chunk: torch.nn.Module, *, with_labels: bool = True
+) -> tuple[Tensor, MicroBatch]:
     """Draw the next micro-batch and run it through one chunk; losses are computed where the batch has one.
 
-    Returns: the chunk's output (losses, logits or hidden states, see `BloomModel.forward`) and the batch it read.
+    Returns: the chunk's output (losses, logits or hidden states, see the model's `forward`) and the batch it read.
     """
     batch = next(batches).to(next(chunk.parameters()).device)
-    if with_labels:
-        return chunk(batch.tokens, batch.segment_ids, batch.labels, batch.loss_positions), batch
-    return chunk(batch.tokens, batch.segment_ids), batch
+    return chunk(**batch.model_inputs(with_labels=with_labels)), batch
 
 
-def chunk_iterators(batches: Sequence[Batch], chunks: Sequence[torch.nn.Module]) -> list[Iterator[Batch]]:
+def chunk_iterators(batches: Sequence[MicroBatch], chunks: Sequence[torch.nn.Module]) -> list[Iterator[MicroBatch]]:
     """Give each chunk its own pass over the same micro-batches."""
     return [iter(batches) for _ in chunks]
 
 
 def run_forward(
-    chunks: Sequence[torch.nn.Module], batches: Sequence[Batch], reduce: Callable[[Batch, Tensor], Any]
+    chunks: Sequence[torch.nn.Module], batches: Sequence[MicroBatch], reduce: Callable[[MicroBatch, Tensor], Any]
 ) -> list[Any]:
     """Compute the loss of every target token, without gradients, and return `reduce` of each batch on every rank.
 
@@ -60,7 +62,7 @@ def run_forward(
 
 
 def run_logits(
-    chunks: Sequence[torch.nn.Module], batches: Sequence[Batch], reduce: Callable[[Batch, Tensor], Any]
+    chunks: Sequence[torch.nn.Module], batches: Sequence[MicroBatch], reduce: Callable[[MicroBatch, Tensor], Any]
 ) -> list[Any]:
     """Compute logits, without gradients, and return `reduce` of each batch on every rank.
 
@@ -68,7 +70,7 @@ def run_logits(
              tensor-parallel ranks and without the padded words.
     """
 
-    def gather_and_reduce(batch: Batch, logits: Tensor) -> Any:
+    def gather_and_reduce(batch: MicroBatch, logits: Tensor) -> Any:
         group = parallel_state.get_tensor_model_parallel_group()
         parts = [torch.empty_like(logits) for _ in range(group.size())]
         torch.distributed.all_gather(parts, logits.contiguous(), group=group)
@@ -80,8 +82,8 @@ def run_logits(
 
 def _run(
     chunks: Sequence[torch.nn.Module],
-    batches: Sequence[Batch],
-    reduce: Callable[[Batch, Tensor], Any],
+    batches: Sequence[MicroBatch],
+    reduce: Callable[[MicroBatch, Tensor], Any],
     *,
     with_labels: bool,
 ) -> list[Any]:
@@ -103,17 +105,17 @@ def _run(
 
 def _run_pipeline(
     chunks: Sequence[torch.nn.Module],
-    batches: Sequence[Batch],
-    reduce: Callable[[Batch, Tensor], Any],
+    batches: Sequence[MicroBatch],
+    reduce: Callable[[MicroBatch, Tensor], Any],
     *,
     with_labels: bool,
 ) -> list[Any]:
     """Run this data-parallel rank's batches and hand the last stage's results to all of its stages."""
-    shapes = {tuple(batch.tokens.shape) for batch in batches}
+    shapes = {(len(batch.segment_ids), batch.pipeline_length) for batch in batches}
     assert len(shapes) == 1, f"batches of one run must have one shape, not {sorted(shapes)}"
-    micro_batch_size, sequence_length = shapes.pop()
+    micro_batch_size, pipeline_length = shapes.pop()
 
-    def step(iterator: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+    def step(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         output, batch = forward_chunk(iterator, chunk, with_labels=with_labels)
         return output, partial(_reduced, reduce, batch)
 
@@ -125,7 +127,7 @@ def _run_pipeline(
         data_iterator=chunk_iterators(filled, chunks) if len(chunks) > 1 else iter(filled),
         model=list(chunks),
         num_microbatches=len(filled),
-        seq_length=sequence_length,
+        seq_length=pipeline_length,
         micro_batch_size=micro_batch_size,
         forward_only=True,
         collect_non_loss_data=True,
@@ -141,7 +143,9 @@ def _run_pipeline(
     return list(holder[0])
 
 
-def _reduced(reduce: Callable[[Batch, Tensor], Any], batch: Batch, output: Tensor, *, non_loss_data: bool) -> Any:
+def _reduced(
+    reduce: Callable[[MicroBatch, Tensor], Any], batch: MicroBatch, output: Tensor, *, non_loss_data: bool
+) -> Any:
     """Adapt `reduce` to what Megatron-Core's schedules call on the last stage."""
     assert non_loss_data, "forward-only runs collect data, not losses"
     return reduce(batch, output)

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_xmtf.kernels.head_loss import VocabularyShard, head_loss
-from megatron_xmtf.models.architecture import BloomArchitecture
+from megatron_xmtf.models.architecture import Architecture
 
 __all__ = ["VocabularyHead"]
 
@@ -31,7 +31,7 @@ class VocabularyHead(tensor_parallel.ColumnParallelLinear):
     Args:  architecture: whose vocabulary it is. has_weight: False where the embedding's own is given to each call.
     """
 
-    def __init__(self, config: TransformerConfig, architecture: BloomArchitecture, *, has_weight: bool) -> None:
+    def __init__(self, config: TransformerConfig, architecture: Architecture, *, has_weight: bool) -> None:
         super().__init__(
             config.hidden_size,
             architecture.padded_vocab_size,

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal
-
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -15,57 +11,95 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_xmtf.config.schema import DropoutConfig, KernelsConfig, ParallelConfig, RecomputeConfig
 from megatron_xmtf.kernels.packed_attention import choose_packed_attention
-from megatron_xmtf.models.architecture import BloomArchitecture
+from megatron_xmtf.kernels.relative_attention import choose_relative_attention
+from megatron_xmtf.models.architecture import Architecture, BloomArchitecture
 from megatron_xmtf.models.bloom import BloomModel
+from megatron_xmtf.models.encoder_decoder import EncoderDecoderModel
+from megatron_xmtf.models.encoder_decoder_layers import AttentionSettings
+from megatron_xmtf.models.engine_settings import DTYPES, Precision, transformer_config
+from megatron_xmtf.models.stages import ChunkPlace, stage_layers
 
-__all__ = ["Precision", "build_model", "transformer_config"]
-
-Precision = Literal["fp32", "bf16", "fp16"]
-
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+__all__ = ["DTYPES", "Precision", "build_model", "transformer_config"]
 
 
 def build_model(
-    architecture: BloomArchitecture,
+    architecture: Architecture,
     *,
     parallel: ParallelConfig,
     precision: Precision = "fp32",
     recompute: RecomputeConfig | None = None,
     kernels: KernelsConfig | None = None,
     dropout: DropoutConfig | None = None,
+    encoder_length: int | None = None,
+    decoder_length: int | None = None,
 ) -> list[torch.nn.Module]:
     """Build this rank's model chunks with uninitialised weights, on this rank's device.
 
     `initialize_parallel` must have run. Weights come from a checkpoint (`checkpoint.sharded`), never from here.
 
+    Args:    encoder_length, decoder_length: tokens of a row of an encoder-decoder, whose stages are cut by cost.
     Returns: one module per virtual pipeline chunk, so a list of one without a virtual pipeline.
     Raises:  ConfigError: the sizes do not divide the model.
     """
     architecture.check_split(parallel)
+    recompute, kernels = recompute or RecomputeConfig(), kernels or KernelsConfig()
     config = transformer_config(
         architecture, parallel=parallel, precision=precision, recompute=recompute, dropout=dropout
     )
-    attention = choose_packed_attention((kernels or KernelsConfig()).attention, precision=precision)
-    chunk_count = parallel.virtual_pipeline_model_parallel_size
-    chunks: list[torch.nn.Module] = []
-    for vp_stage in [None] if chunk_count is None else range(chunk_count):
-        chunk = BloomModel(
-            config,
-            architecture,
-            attention=attention,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            vp_stage=vp_stage,
+    chunks: list[torch.nn.Module]
+    if isinstance(architecture, BloomArchitecture):
+        attention = choose_packed_attention(kernels.attention, precision=precision)
+        chunks = [
+            BloomModel(
+                config,
+                architecture,
+                attention=attention,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+                vp_stage=vp_stage,
+            )
+            for vp_stage in _vp_stages(parallel)
+        ]
+    else:
+        lengths = {"encoder_length": encoder_length, "decoder_length": decoder_length}
+        settings = AttentionSettings(
+            attention=choose_relative_attention(kernels.attention),
+            scale=architecture.head_dim**-0.5 if architecture.attention_scaling else 1.0,
+            recompute=recompute.granularity == "selective",
         )
+        chunks = [
+            EncoderDecoderModel(config, architecture, settings=settings, place=place, recompute=recompute)
+            for place in _chunk_places(stage_layers(architecture, parallel, **lengths), parallel)
+        ]
+    for chunk in chunks:
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
         _mark_tensor_parallel_parameters(chunk)
-        chunks.append(chunk if precision == "fp32" else Float16Module(config, chunk))
-    return chunks
+    return chunks if precision == "fp32" else [Float16Module(config, chunk) for chunk in chunks]
+
+
+def _vp_stages(parallel: ParallelConfig) -> list[int | None]:
+    """Return the numbers of this rank's chunks, one None without a virtual pipeline."""
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    return [None] if chunks is None else list(range(chunks))
+
+
+def _chunk_places(split: list[list[range]], parallel: ParallelConfig) -> list[ChunkPlace]:
+    """Return which part of an encoder-decoder each chunk of this rank is."""
+    stages, rank = parallel.pipeline_model_parallel_size, parallel_state.get_pipeline_model_parallel_rank()
+    return [
+        ChunkPlace(
+            layers=layers,
+            pre_process=chunk == 0 and rank == 0,
+            post_process=chunk == len(split[rank]) - 1 and rank == stages - 1,
+            vp_stage=vp_stage,
+            copy=chunk * stages + rank,
+        )
+        for chunk, (vp_stage, layers) in enumerate(zip(_vp_stages(parallel), split[rank], strict=True))
+    ]
 
 
 def _mark_tensor_parallel_parameters(chunk: torch.nn.Module) -> None:
@@ -79,58 +113,3 @@ def _mark_tensor_parallel_parameters(chunk: torch.nn.Module) -> None:
             weight, split_dimension = module.weight, 1 if isinstance(module, RowParallelLinear) else 0
             if weight is not None and not hasattr(weight, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(weight, True, split_dimension, 1)
-
-
-def transformer_config(
-    architecture: BloomArchitecture,
-    *,
-    parallel: ParallelConfig,
-    precision: Precision,
-    recompute: RecomputeConfig | None = None,
-    dropout: DropoutConfig | None = None,
-) -> TransformerConfig:
-    """Translate our names into Megatron-Core's TransformerConfig."""
-    recompute, dropout = recompute or RecomputeConfig(), dropout or DropoutConfig()
-    hidden_dropout, attention_dropout = dropout.hidden_dropout, dropout.attention_dropout
-    full = recompute.granularity == "full"
-    return TransformerConfig(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        layernorm_epsilon=architecture.layernorm_epsilon,
-        hidden_dropout=architecture.hidden_dropout if hidden_dropout is None else hidden_dropout,
-        attention_dropout=architecture.attention_dropout if attention_dropout is None else attention_dropout,
-        # The tanh form is BLOOM's own; the constants are the same as in `transformers` BloomGelu.
-        activation_func=partial(torch.nn.functional.gelu, approximate="tanh"),
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        account_for_embedding_in_pipeline_split=parallel.account_for_embedding_in_pipeline_split,
-        account_for_loss_in_pipeline_split=parallel.account_for_loss_in_pipeline_split,
-        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
-        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
-        sequence_parallel=parallel.sequence_parallel,
-        params_dtype=DTYPES[precision],
-        pipeline_dtype=DTYPES[precision],
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        attention_softmax_in_fp32=True,
-        # Weights come from a checkpoint; drawing random ones first would be wasted time at any size.
-        perform_initialization=False,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        # gloo matches messages by posting order: batched point-to-point between the same two ranks swaps activation
-        # and gradient without an error when a virtual pipeline makes both neighbours one rank.
-        batch_p2p_comm=torch.cuda.is_available(),
-        # These fusions need apex or go through torch.compile.
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        # The loss function returns sum and divisor; Megatron-Core divides by the global batch's total.
-        calculate_per_token_loss=True,
-        finalize_model_grads_func=finalize_model_grads,
-        recompute_granularity=None if recompute.granularity == "none" else recompute.granularity,
-        recompute_method=recompute.method if full else None,
-        recompute_num_layers=recompute.num_layers if full else None,
-    )

@@ -14,15 +14,32 @@ With a virtual pipeline, chunk c of stage s is part c x stages + s of the list.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import accumulate
 
 from megatron_xmtf.config.schema import ParallelConfig
 from megatron_xmtf.models.encoder_decoder_architecture import EncoderDecoderArchitecture
 
-__all__ = ["DEFAULT_LENGTHS", "head_cost", "layer_costs", "split_by_cost", "stage_layers"]
+__all__ = ["DEFAULT_LENGTHS", "ChunkPlace", "head_cost", "layer_costs", "split_by_cost", "stage_layers"]
 
 DEFAULT_LENGTHS = (1024, 256)
 """Encoder and decoder tokens of a row where no run says its own. Any split computes the same."""
+
+
+@dataclass(frozen=True)
+class ChunkPlace:
+    """Which part of the model a chunk is."""
+
+    layers: range
+    """Global layer numbers, encoder layers first."""
+    pre_process: bool
+    """It embeds."""
+    post_process: bool
+    """It computes logits and losses."""
+    vp_stage: int | None
+    """Its number on its rank, None without a virtual pipeline."""
+    copy: int
+    """Its number in the order of the pipeline, chunk 0 of all stages first."""
 
 
 def stage_layers(
@@ -75,7 +92,7 @@ def split_by_cost(costs: list[float], *, last_extra: float, parts: int) -> list[
     """
     sums = [0.0, *accumulate(costs)]
     count = len(costs)
-    # best[part][end]: the dearest part when the first `end` costs are cut into part + 1 parts, and where the last begins
+    # best[part][end]: the dearest part when the first `end` costs make part + 1 parts, and where the last one begins
     best = [[(sums[end], 0) for end in range(count + 1)]]
     for part in range(1, parts):
         extra = last_extra if part == parts - 1 else 0.0
