@@ -16,7 +16,9 @@ probabilities again in the backward pass instead of keeping them (`test_packed_a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,32 +71,64 @@ def packed_attention(
     Args:    query, key, value: [s, b, n, d], this rank's heads. dropout: of probabilities.
     Returns: [s, b, n * d], dtype of `query`.
     """
-    # unbind, split and cat: their backward passes are one stack or cat each; a slice's would fill a whole tensor.
-    rows = zip(query.unbind(1), key.unbind(1), value.unbind(1), pattern.lengths, strict=True)
-    contexts = []
-    for *q_k_v, lengths in rows:
-        *segments, padding = zip(*(tensor.split(lengths) for tensor in q_k_v), strict=True)
-        attended = [_attend_segment(q, k, v, pattern.bias, dropout) for q, k, v in segments]
-        # Zeros that hang on all three: a micro-batch of padding alone must still give every weight a gradient.
-        contexts.append(torch.cat([*attended, sum(padding) * 0]))  # [s, n, d]
-    return torch.stack(contexts, dim=1).flatten(2)
+    rows = zip(_rows(query), _rows(key), _rows(value), pattern.lengths, strict=True)
+    contexts = [_attend_row(*row, pattern.bias, dropout) for row in rows]
+    joined = contexts[0].unsqueeze(1) if len(contexts) == 1 else torch.stack(contexts, dim=1)
+    return joined.flatten(2)
 
 
-def _attend_segment(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float) -> Tensor:
-    """Attend causally within one segment: [length, n, d] each -> [length, n, d]."""
-    q_nld, k_nld, v_nld = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+def _rows(tensor: Tensor) -> Sequence[Tensor]:
+    """Part [s, b, n, d] into rows [s, n, d]; a single one without the copy that the backward pass of unbind makes."""
+    return (tensor.squeeze(1),) if tensor.size(1) == 1 else tensor.unbind(1)
+
+
+def _attend_row(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], bias: Tensor, dropout: float
+) -> Tensor:
+    """Attend within each segment of one row: [s, n, d] each -> [s, n, d]."""
     queries, longest = bias.shape[1:]
-    contexts, end = [], 0
-    for block in q_nld.split(queries, dim=2):
-        size = block.size(2)
-        end += size
-        # Queries [end - size, end), keys [0, end): distances as in the table's last rows and columns.
-        context = torch.nn.functional.scaled_dot_product_attention(
-            block,
-            k_nld if end == len(key) else k_nld[:, :, :end],
-            v_nld if end == len(key) else v_nld[:, :, :end],
-            attn_mask=bias[None, :, queries - size :, longest - end :],
-            dropout_p=dropout,
-        )
-        contexts.append(context)
-    return torch.cat(contexts, dim=2)[0].transpose(0, 1)
+    ends = [[min(first + queries, length) for first in range(0, length, queries)] for length in lengths[:-1]]
+    sizes = [end - begin for segment in ends for begin, end in zip([0, *segment[:-1]], segment, strict=True)]
+    *blocks, q_padding = query.split([*sizes, lengths[-1]])
+    *keys, k_padding = key.split(lengths)
+    *values, v_padding = value.split(lengths)
+    contexts, block = [], iter(blocks)
+    for k_lnd, v_lnd, segment in zip(keys, values, ends, strict=True):
+        for end, k_seen, v_seen in zip(segment, _prefixes(k_lnd, segment), _prefixes(v_lnd, segment), strict=True):
+            q_block = next(block)
+            q_1nld, k_1nld, v_1nld = (tensor.transpose(0, 1)[None] for tensor in (q_block, k_seen, v_seen))
+            # Queries [end - size, end), keys [0, end): distances as in the table's last rows and columns.
+            context_1nld = torch.nn.functional.scaled_dot_product_attention(
+                q_1nld,
+                k_1nld,
+                v_1nld,
+                attn_mask=bias[None, :, queries - len(q_block) :, longest - end :],
+                dropout_p=dropout,
+            )
+            contexts.append(context_1nld[0].transpose(0, 1))
+    # Zeros that hang on all three: a micro-batch of padding alone must still give every weight a gradient.
+    return torch.cat([*contexts, (q_padding + k_padding + v_padding) * 0])
+
+
+def _prefixes(tensor: Tensor, ends: list[int]) -> tuple[Tensor, ...]:
+    """Return tensor[:end] for each end; the last is the whole."""
+    if len(ends) == 1:
+        return (tensor,)
+    views: tuple[Tensor, ...] = _Prefixes.apply(tensor, ends)
+    return views
+
+
+class _Prefixes(torch.autograd.Function):
+    """Slices from 0 on, whose gradients are added up in place: autograd would fill a whole tensor for each."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ends: list[int]) -> tuple[Tensor, ...]:
+        ctx.ends = ends
+        return tuple(tensor[:end] for end in ends)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[-1].clone()
+        for end, gradient in zip(ctx.ends[:-1], gradients[:-1], strict=True):
+            total[:end] += gradient
+        return total, None
