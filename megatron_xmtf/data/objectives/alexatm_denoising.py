@@ -36,6 +36,11 @@ class AlexaTMDenoising:
     prefix: tuple[int, ...]
     eos_id: int
 
+    @property
+    def ends_inputs(self) -> bool:
+        """Inputs end with EOS, as targets do."""
+        return True
+
     def lengths(self, tokens: NDArray[np.int64], *, is_end: NDArray[np.bool_], keys: NDArray[np.uint64]) -> Lengths:
         """Return chunk - noise + EOS and chunk + EOS."""
         inputs, targets, _ = self.most(tokens)

@@ -118,6 +118,11 @@ class ObjectiveDataset(ExampleDataset):
         return self._lengths[1]
 
     @property
+    def inputs_end_with_eos(self) -> bool:
+        """Whether the objective ends inputs with EOS itself."""
+        return self.rule.ends_inputs
+
+    @property
     def halves(self) -> dict[str, IndexedDataset]:
         """The file of the documents."""
         return self.source.halves

@@ -55,6 +55,11 @@ class DocumentSplit:
     prefix: tuple[int, ...]
     eos_id: int
 
+    @property
+    def ends_inputs(self) -> bool:
+        """Inputs have no EOS, since the text goes on; rows of a model that wants it everywhere add it."""
+        return False
+
     def cuts(self, tokens: NDArray[np.int64], keys: NDArray[np.uint64]) -> NDArray[np.int64]:
         """Return how many tokens of each chunk go to the inputs."""
         least, most = cut_range(tokens, minimum=self.minimum_inputs, maximum=self.maximum_inputs)

@@ -23,6 +23,10 @@ class ObjectiveRule(Protocol):
     Invariant: `example` has the lengths that `lengths` says, for any noise key.
     """
 
+    @property
+    def ends_inputs(self) -> bool:
+        """Whether inputs end with EOS by the objective itself, wherever they are read."""
+
     def lengths(self, tokens: NDArray[np.int64], *, is_end: NDArray[np.bool_], keys: NDArray[np.uint64]) -> Lengths:
         """Return the lengths of examples; 0 and 0 for a chunk that is too short to make one.
 

@@ -55,6 +55,11 @@ class SpanCorruption:
     prefix: tuple[int, ...]
     eos_id: int
 
+    @property
+    def ends_inputs(self) -> bool:
+        """Inputs end with EOS, as targets do."""
+        return True
+
     def spans(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the number of spans in chunks of these lengths."""
         noise = noise_tokens(tokens, density=self.noise_density)
