@@ -193,6 +193,17 @@ def test_by_hand(tmp_path: Path) -> None:
     assert plan["unit"] is None and plan["warnings"] == []
 
 
+def test_a_batch_size_ramp_by_hand(prefixes: list[str], tmp_path: Path) -> None:
+    # One increment after each 6 rows: steps of 2, 2, 2, 3, 3, 4, 4 and 4 rows; 18 rows of warm-up are the first seven.
+    ramp = {"start": 2, "increment": 1, "rows": 12}
+    batch = {"micro_batch_size": 1, "global_batch_size": 4, "sequence_length": 32, "rampup_batch_size": ramp}
+    plan = build_data_plan(run_config(tmp_path, prefixes, batch=batch, schedule={"train_steps": 8}))
+    assert (plan["run"]["steps"], plan["run"]["rows"], plan["run"]["rows_per_step"]) == (8, 24, 3.0)
+    for warmup, steps in (({"lr_warmup_rows": 18}, 7), ({"lr_warmup_rows": 16}, 6), ({"lr_warmup_steps": 3}, 3)):
+        planned = build_data_plan(run_config(tmp_path, prefixes, batch=batch, schedule={"train_steps": 8, **warmup}))
+        assert planned["run"]["warmup_steps"] == steps
+
+
 def test_what_a_mixture_leaves_out_is_not_called_dropped(prefixes: list[str], tmp_path: Path) -> None:
     entry = {"prefix": prefixes[0], "split": "0:0.7", "where": {"language": ["sw", "yo"]}, "max_examples": 10}
     config = run_config(tmp_path, prefixes, data={"mixture": {"entries": [entry]}})
@@ -325,10 +336,16 @@ def test_guards_are_counted_by_language_and_kept_out_where_asked(tmp_path: Path,
         assert "contaminated" not in untested["entries"][0] and untested["entries"][0]["duplicates"] == 1
 
 
-def test_each_dataset_of_a_step_has_the_same_part_of_the_loss(prefixes: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("ramp", [None, {"start": 2, "increment": 1, "rows": 12}], ids=["constant", "ramp"])
+@pytest.mark.parametrize("block_segments", [1, 1 << 21], ids=["blocks", "whole"])
+def test_each_dataset_of_a_step_has_the_same_part_of_the_loss(
+    ramp: Any, block_segments: int, prefixes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The weights that training gives, divided by each step's units, against the plan's parts of the loss."""
     train = [{"prefix": prefixes[0], "weight": 3}, {"prefix": prefixes[1], "weight": 1}]
-    config = run_config(tmp_path, prefixes, data={"train": train}, loss={"normalization": "dataset"})
+    monkeypatch.setattr(draws, "BLOCK_SEGMENTS", block_segments)
+    batch = {"micro_batch_size": 1, "global_batch_size": 4, "sequence_length": 32, "rampup_batch_size": ramp}
+    config = run_config(tmp_path, prefixes, data={"train": train}, loss={"normalization": "dataset"}, batch=batch)
     plan = build_data_plan(config)
     datasets = open_datasets(config.data.training_datasets)
     index = open_packing_index(

@@ -131,7 +131,16 @@ def test_a_model_without_weights_can_be_checked_and_leaves_no_import(
     checked = dry_run(config, world_size=8)
     assert (checked.data_parallel_size, checked.parameters) == (4, 300 * 64 + 4 * (12 * 64**2 + 13 * 64) + 4 * 64)
     assert checked.training_tokens == 20 * 8 * 64
+    assert checked.tokens_per_step == 8 * 64
     assert {path.name for path in Path(config.output).iterdir()} == {"config.yaml", "packing"}
+
+
+def test_tokens_under_a_batch_size_ramp(bare_model: Path, run_config: Callable[..., RunConfig]) -> None:
+    ramp = {"start": 4, "increment": 4, "rows": 16}  # four steps of 4 rows, then 16 of 8
+    batch = {"micro_batch_size": 1, "global_batch_size": 8, "sequence_length": 64, "rampup_batch_size": ramp}
+    checked = dry_run(run_config(model=str(bare_model), batch=batch), world_size=4)
+    assert (checked.train_steps, checked.training_tokens) == (20, (4 * 4 + 16 * 8) * 64)
+    assert "20 steps x 461 tokens = 9,216 tokens" in checked.table()
 
 
 def test_weights_that_are_there_are_matched(

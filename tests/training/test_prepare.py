@@ -10,7 +10,7 @@ import pytest
 
 from megatron_xmtf.config import RunConfig
 from megatron_xmtf.data import packing_index
-from megatron_xmtf.errors import DatasetError
+from megatron_xmtf.errors import ConfigError, DatasetError
 from megatron_xmtf.files import sha256_file
 from megatron_xmtf.training.prepare import open_training_rows, prepare_run
 
@@ -48,3 +48,41 @@ def test_a_rank_that_finds_no_index_says_so(run_config: Callable[..., RunConfig]
     prepared = prepare_run(run_config(), world_size=1, packing_key="0" * 64)
     with pytest.raises(DatasetError, match="there is no packing index .*0000000000000000; .*xmtf pack CONFIG"):
         open_training_rows(prepared)
+
+
+@pytest.mark.parametrize(
+    ("micro", "ramp", "world_size", "words"),
+    [
+        (2, {"start": 6, "increment": 2, "rows": 12}, 4, "start=6 is not a multiple of .* = 2 x 2; use 4 or 8"),
+        (
+            1,
+            {"start": 2, "increment": 2, "rows": 12},
+            4,
+            "1 micro-batches a step .* that is a multiple of 4, and a ramp",
+        ),
+        (
+            1,
+            {"start": 4, "increment": 2, "rows": 12},
+            4,
+            "3 micro-batches a step .* that is a multiple of 4, and a ramp",
+        ),
+        (1, {"start": 4, "increment": 4, "rows": 12}, 4, None),
+    ],
+)
+def test_every_size_of_a_batch_size_ramp_must_fit_the_layout(
+    micro: int, ramp: dict[str, int], world_size: int, words: str | None, run_config: Callable[..., RunConfig]
+) -> None:
+    config = run_config(
+        batch={
+            "micro_batch_size": micro,
+            "global_batch_size": 12,
+            "sequence_length": 64,
+            "rampup_batch_size": ramp,
+        },
+        parallel={"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    )
+    if words is None:
+        prepare_run(config, world_size=world_size)
+        return
+    with pytest.raises(ConfigError, match=words.replace("a ramp", "a rampup_batch_size")):
+        prepare_run(config, world_size=world_size)
