@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from megatron_xmtf.data.selection import scramble
 
-__all__ = ["chunk_keys", "key_of", "occurrence_key", "random_bits", "uniforms"]
+__all__ = ["chunk_key", "chunk_keys", "key_of", "occurrence_key", "random_bits", "uniforms"]
 
 GOLDEN = 0x9E3779B97F4A7C15
 MASK = 2**64 - 1
@@ -41,10 +41,22 @@ def chunk_keys(numbers: NDArray[np.uint64], *, key: int) -> NDArray[np.uint64]:
     return scramble(scramble(numbers, seed=0) ^ np.uint64(key), seed=1)
 
 
+def chunk_key(number: int, *, key: int) -> int:
+    """Return the key of one chunk: `chunk_keys` of it alone, without numpy's cost of a call."""
+    return _scrambled(_scrambled(number, seed=0) ^ key, seed=1)
+
+
 def occurrence_key(chunk_key: int, occurrence: int) -> int:
     """Return the key of one occurrence of a chunk."""
-    number = np.array([(occurrence * GOLDEN) & MASK], np.uint64)
-    return int(scramble(scramble(number, seed=2) ^ np.uint64(chunk_key), seed=3)[0])
+    return _scrambled(_scrambled(occurrence, seed=2) ^ chunk_key, seed=3)
+
+
+def _scrambled(value: int, *, seed: int) -> int:
+    """Return `scramble` of one number; the tests hold the two together."""
+    mixed = (value + GOLDEN * (seed + 1)) & MASK
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & MASK
+    return mixed ^ (mixed >> 31)
 
 
 def random_bits(key: int, count: int) -> NDArray[np.uint64]:

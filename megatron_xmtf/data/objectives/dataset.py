@@ -21,7 +21,7 @@ from megatron_xmtf.config.objective import ObjectiveConfig
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.indexed_dataset import IndexedDataset
 from megatron_xmtf.data.objectives.chunks import Chunks
-from megatron_xmtf.data.objectives.counter_random import chunk_keys, key_of, occurrence_key
+from megatron_xmtf.data.objectives.counter_random import chunk_key, chunk_keys, key_of, occurrence_key
 from megatron_xmtf.data.objectives.resolve import RowRoom, build_rule, choose_chunk_length
 from megatron_xmtf.data.objectives.rule import Example
 from megatron_xmtf.data.tokenizer import Tokenizer
@@ -93,9 +93,8 @@ class ObjectiveDataset(ExampleDataset):
         if length < 2:
             return np.empty(0, np.int32), np.empty(0, np.int32)
         tokens = self._file[document][first : first + length].astype(np.int32)
-        chunk_key = int(chunk_keys(np.array([number], np.uint64), key=self._key)[0])
-        noise_key = occurrence_key(chunk_key, occurrence)
-        return self.rule.example(tokens, is_end=is_end, chunk_key=chunk_key, noise_key=noise_key)
+        own = chunk_key(number, key=self._key)
+        return self.rule.example(tokens, is_end=is_end, chunk_key=own, noise_key=occurrence_key(own, occurrence))
 
     @cached_property
     def _lengths(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -7,7 +7,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_xmtf.data.objectives.counter_random import chunk_keys, key_of, occurrence_key, random_bits, uniforms
+from megatron_xmtf.data.objectives.counter_random import (
+    chunk_key,
+    chunk_keys,
+    key_of,
+    occurrence_key,
+    random_bits,
+    uniforms,
+)
 from megatron_xmtf.data.objectives.spans import noise_spans, noise_tokens, poisson_lengths, poisson_spans, random_spans
 
 
@@ -111,6 +118,8 @@ def test_random_numbers_follow_from_key_and_place_alone():
     assert random_bits(1234567, 3).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
     assert random_bits(7, 10)[:4].tolist() == random_bits(7, 4).tolist()
     assert chunk_keys(np.array([5], np.uint64), key=9)[0] == chunk_keys(np.arange(10, dtype=np.uint64), key=9)[5]
+    alone = [chunk_key(number, key=2**64 - 5) for number in (0, 7, 2**40)]
+    assert alone == chunk_keys(np.array([0, 7, 2**40], np.uint64), key=2**64 - 5).tolist()
     keys = {occurrence_key(chunk, place) for chunk in range(50) for place in range(50)}
     assert len(keys) == 2500
     assert key_of("a", 1) != key_of("a", "1") != key_of("a1")
