@@ -31,6 +31,8 @@ class Failure:
     @classmethod
     def of(cls, error: BaseException) -> Failure:
         """Put an exception into words that survive the way between processes."""
+        if isinstance(error, DiskFullError):
+            return cls(str(error), errno.ENOSPC)
         if isinstance(error, OSError):
             return cls(str(error) or type(error).__name__, error.errno)
         return cls(f"{type(error).__name__}: {error}")

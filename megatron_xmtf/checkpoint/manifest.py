@@ -158,7 +158,12 @@ def finish_checkpoint(
         if path.exists():
             raise ConfigError(f"{path} was made by another process meanwhile; this checkpoint is not published.")
         os.replace(temporary, path)
-        fsync_directory(path.parent)
+        try:
+            fsync_directory(path.parent)
+        except OSError:
+            # The name may not outlive a power loss: what is reported as not written must not be found either.
+            os.replace(path, temporary)
+            raise
     return manifest
 
 

@@ -15,7 +15,7 @@ import logging
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from megatron_xmtf.checkpoint.save_plan import PlannedSave, ShardItem, ShardPlan
 from megatron_xmtf.checkpoint.shard_writer import ShardWriter, WrittenPart, stage_items
 from megatron_xmtf.checkpoint.state import training_state
 from megatron_xmtf.config.schema import RunConfig
-from megatron_xmtf.errors import DiskFullError
+from megatron_xmtf.errors import DiskFullError, XmtfError
 from megatron_xmtf.files import write_json
 
 __all__ = ["CheckpointSaver", "SaveRequest"]
@@ -182,7 +182,13 @@ class CheckpointSaver:
                 )
             return str(begin_checkpoint(path))
 
-        return Path(from_rank_zero(begin))
+        try:
+            return Path(from_rank_zero(begin))
+        except DiskFullError:
+            raise
+        except OSError as error:  # on all ranks
+            raise_write_failures({0: Failure.of(error)}, f"checkpoint {path}")
+            raise
 
     def _agree(self, seconds: float) -> bool:
         """Whether all ranks have written.
@@ -216,11 +222,14 @@ class CheckpointSaver:
         assert isinstance(own, WrittenPart), "all ranks have written"
         self._underway = None
         parts: list[WrittenPart] = gather(own)
-        failures = from_rank_zero(lambda: _try(lambda: self._name(underway, parts)))
-        if failures is not None:
+        try:
+            from_rank_zero(lambda: self._name(underway, parts))
+        except (OSError, XmtfError) as error:  # on all ranks
             if torch.distributed.get_rank() == 0:
                 discard_checkpoint(underway.temporary)
-            raise_write_failures({0: failures}, f"checkpoint {request.path}")
+            if isinstance(error, OSError):
+                raise_write_failures({0: Failure.of(error)}, f"checkpoint {request.path}")
+            raise
         return request.path
 
     def _name(self, underway: _Underway, parts: Sequence[WrittenPart]) -> None:
@@ -243,12 +252,3 @@ class CheckpointSaver:
             written=written,
             **underway.fields,
         )
-
-
-def _try(function: Callable[[], None]) -> Failure | None:
-    """Return what an operation on files failed with."""
-    try:
-        function()
-    except OSError as error:
-        return Failure.of(error)
-    return None

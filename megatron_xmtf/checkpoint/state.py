@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
@@ -63,10 +63,22 @@ def training_state(
         state["content_metadata"] = dict(SHARDING)  # where Megatron-Core's own `save` keeps it
     if optimizer is None:
         return state
+    if not is_loading:
+        _begin_state(optimizer)
     state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(SHARDING))
     state["layout"] = current_layout()
     state.update(_rng_states())
     return state
+
+
+def _begin_state(optimizer: MegatronOptimizer) -> None:
+    """Give an optimizer that has not stepped yet its first state, zeros.
+
+    fp16's first steps may all overflow: without this a checkpoint of then holds no moments, and cannot be loaded.
+    """
+    for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+        if not part.optimizer.state and part.init_state_fn is not None:
+            part.init_state_fn(part.optimizer, part.config)
 
 
 def _rng_states() -> dict[str, ShardedTensor]:
