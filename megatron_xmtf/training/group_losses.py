@@ -25,8 +25,10 @@ from megatron.core import parallel_state
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_xmtf.data.batch import Batch
+from megatron_xmtf.data.encoder_decoder_rows import EncoderDecoderRow
 from megatron_xmtf.data.example_dataset import ExampleDataset
+from megatron_xmtf.data.rows import Row
+from megatron_xmtf.models.forward import MicroBatch
 
 __all__ = ["GroupLosses"]
 
@@ -44,14 +46,14 @@ class GroupLosses:
         # Group of (dataset d, language l): first[d] + l.
         self._first = np.concatenate([[0], np.cumsum([len(names) for names in self._languages])])
         self._sums = np.zeros((self.num_groups, 2))
-        self._pending: list[tuple[Batch, Tensor]] = []
+        self._pending: list[tuple[MicroBatch, Tensor]] = []
 
     @property
     def num_groups(self) -> int:
         """Pairs of dataset and language."""
         return int(self._first[-1])
 
-    def add(self, batch: Batch, losses: Tensor) -> None:
+    def add(self, batch: MicroBatch, losses: Tensor) -> None:
         """Keep the losses of a micro-batch; called where they are, without waiting for the device.
 
         Args:    losses: fp32 [micro_batch, sequence], cross-entropy of every position.
@@ -87,17 +89,19 @@ class GroupLosses:
         self._sums = np.zeros((self.num_groups, 2))
         return self._means(sums.cpu().numpy())
 
-    def _groups(self, batch: Batch) -> NDArray[np.int64]:
+    def _groups(self, batch: MicroBatch) -> NDArray[np.int64]:
         """Return the group of every position, [micro_batch, sequence]; positions of padding get group 0."""
-        found = np.zeros(tuple(batch.tokens.shape), np.int64)
-        for number, row in enumerate(batch.rows):
+        segments = batch.segment_ids.cpu().numpy()
+        rows: Sequence[Row | EncoderDecoderRow] = batch.rows
+        found = np.zeros(segments.shape, np.int64)
+        for number, row in enumerate(rows):
             of_segment = np.zeros(len(row.example_ids) + 1, np.int64)
             of_segment[1:] = self._first[row.dataset_ids]
             for segment, (dataset, example) in enumerate(zip(row.dataset_ids, row.example_ids, strict=True), start=1):
                 column = self._columns[dataset]
                 if column is not None:
                     of_segment[segment] += column[example]
-            found[number] = of_segment[row.segment_ids[:-1]]
+            found[number] = of_segment[segments[number]]
         return found
 
     def _means(self, sums: NDArray[np.float64]) -> dict[str, float]:

@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_xmtf.data.batch import Batch
+from megatron_xmtf.models.forward import MicroBatch
 
 __all__ = ["global_batch_loss", "micro_batch_loss"]
 
 
-def micro_batch_loss(batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def micro_batch_loss(batch: MicroBatch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weigh the losses of one micro-batch.
 
     Args:    losses: fp32 [micro_batch, sequence], cross-entropy of every position.

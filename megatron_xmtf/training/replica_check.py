@@ -4,6 +4,7 @@
     data-parallel ranks                         every parameter
     tensor-parallel ranks                       what is not split over them: norms, biases of row-parallel layers
     first and last pipeline stage               the embedding and the output layer tied to it
+    all pipeline stages                         an encoder-decoder's tables of relative positions
 
 Copies start equal and get equal updates; where they differ, a reduction was left out or a machine computes wrongly, and
 training goes on without an error. What is exchanged is a digest of 16 bytes a parameter. The bits are read as integers
@@ -111,6 +112,12 @@ def _replica_groups(chunks: Sequence[torch.nn.Module]) -> list[_ReplicaGroup]:
         and (tied := _tied_embedding(chunks)) is not None
     ):
         groups.append(_ReplicaGroup("pipeline stages", parallel_state.get_embedding_group(), [tied]))
+    on_all_stages = [
+        (name, parameter)
+        for name, parameter in parameters
+        if getattr(parameter, "pipeline_parallel", False)  # an attribute that Megatron-Core reads
+    ]
+    groups.append(_ReplicaGroup("pipeline stages", parallel_state.get_pipeline_model_parallel_group(), on_all_stages))
     return groups
 
 

@@ -10,14 +10,16 @@ import torch.distributed
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_xmtf.data.batch import Batch
+from megatron_xmtf.models.forward import MicroBatch
 from megatron_xmtf.training.loss import global_batch_loss
 from megatron_xmtf.training.metrics import StepCounts, peak_memory_gib
 
 __all__ = ["largest_peak_memory_gib", "step_totals"]
 
 
-def step_totals(reports: list[Tensor], batches: Sequence[Batch], *, device: torch.device) -> tuple[float, StepCounts]:
+def step_totals(
+    reports: list[Tensor], batches: Sequence[MicroBatch], *, device: torch.device
+) -> tuple[float, StepCounts]:
     """Return the loss and the counts of the global batch, the same on every rank; a collective call.
 
     Args:    reports: of `micro_batch_loss`, one a micro-batch on the last pipeline stage; empty on the others.
