@@ -33,7 +33,7 @@ def inspect_run(path: Path, arguments: argparse.Namespace) -> tuple[dict[str, An
     index = open_packing_index(
         datasets,
         data=config.data,
-        sequence_length=config.batch.sequence_length,
+        sequence_length=config.batch.row_lengths,
         rows_needed=config.train_rows,
         seed=config.seed,
         directory=index_directory(config),

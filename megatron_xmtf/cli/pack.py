@@ -71,7 +71,7 @@ def _pack_run(arguments: argparse.Namespace) -> dict[str, Any]:
     index = build_packing_index(
         datasets,
         data=config.data,
-        sequence_length=config.batch.sequence_length,
+        sequence_length=config.batch.row_lengths,
         rows_needed=config.train_rows,
         seed=config.seed,
         directory=directory,
@@ -83,7 +83,7 @@ def _pack_run(arguments: argparse.Namespace) -> dict[str, Any]:
             dataset,
             entry=entry,
             split_seed=config.data.split_seed,
-            sequence_length=config.batch.sequence_length,
+            sequence_length=config.batch.row_lengths,
             long_examples=config.data.long_examples,
         ).statistics
         for entry, dataset in zip(entries, open_datasets(entries, batch=config.batch, tokenizer=tokenizer), strict=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_xmtf.config.row_lengths import EncoderDecoderLengths, RowLengths
 from megatron_xmtf.config.section import PositiveInt, Section
 from megatron_xmtf.config.step_rows import StepRows
 
@@ -89,7 +90,37 @@ class BatchConfig(Section):
     rampup_batch_size: RampupConfig | None = None
     """Begin with smaller global batches, as Megatron's `--rampup-batch-size`. None: BLOOMZ."""
     sequence_length: Annotated[int, Field(ge=8, strict=True)] = 2048
-    """Tokens of a row that the model reads; a row holds one more, the label of the last. 2048: BLOOMZ."""
+    """Tokens of a row that the model reads; a row holds one more, the label of the last. 2048: BLOOMZ. Not to be given
+    with the two keys below, whose sum it then is."""
+    encoder_length: Annotated[int, Field(ge=8, strict=True)] | None = None
+    """Tokens of a row that an encoder-decoder's encoder reads: inputs of several examples. 1024: mT0, AlexaTM."""
+    decoder_length: Annotated[int, Field(ge=8, strict=True)] | None = None
+    """Tokens of a row that its decoder reads: targets of the same examples. 1024: mT0."""
+    encoder_eos: bool = True
+    """Whether the inputs of each example end with EOS on the encoder's side. true: T5, mT5 and Flan-T5, whose T5X tasks
+    append EOS to inputs and targets alike. Without meaning for a decoder-only model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_two_sides(cls, values: Any) -> Any:
+        """Make `sequence_length` of two sides their sum, also when a resolved configuration says so already."""
+        if not isinstance(values, dict):
+            return values
+        encoder, decoder = values.get("encoder_length"), values.get("decoder_length")
+        if (encoder is None) != (decoder is None):
+            given, missing = ("encoder", "decoder") if decoder is None else ("decoder", "encoder")
+            raise ValueError(
+                f"batch.{given}_length is set, batch.{missing}_length is not; an encoder-decoder needs both"
+            )
+        # Other types are refused field by field.
+        if not (isinstance(encoder, int) and isinstance(decoder, int)):
+            return values
+        if values.get("sequence_length", encoder + decoder) != encoder + decoder:
+            raise ValueError(
+                f"batch.sequence_length={values['sequence_length']} has no meaning beside "
+                f"batch.encoder_length={encoder} and batch.decoder_length={decoder}; leave it out"
+            )
+        return {**values, "sequence_length": encoder + decoder}
 
     @model_validator(mode="after")
     def _rampup_reaches_global_batch(self) -> BatchConfig:
@@ -108,6 +139,13 @@ class BatchConfig(Section):
                 f"by {growth}, which is not a multiple of increment={ramp.increment}"
             )
         return self
+
+    @property
+    def row_lengths(self) -> RowLengths:
+        """Tokens of a row: `sequence_length`, or both sides of an encoder-decoder's."""
+        if self.encoder_length is None or self.decoder_length is None:
+            return self.sequence_length
+        return EncoderDecoderLengths(self.encoder_length, self.decoder_length, self.encoder_eos)
 
     @property
     def step_rows(self) -> StepRows:
@@ -134,3 +172,6 @@ class KernelsConfig(Section):
 
     attention: Literal["auto", "reference", "sdpa", "segments"] = "auto"
     """Packed ALiBi attention. auto: on a CPU segments, on a GPU sdpa in fp32 and reference in half precision."""
+    adam: Literal["auto", "torch", "transformer_engine", "apex"] = "auto"
+    """Whose fused AdamW. auto: on a GPU the first that can be imported of Transformer Engine and NVIDIA's apex, else
+    torch. The checkpoints are the same."""

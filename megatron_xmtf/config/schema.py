@@ -68,11 +68,13 @@ class RunConfig(Section):
         tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         if parallel.sequence_parallel and tp == 1:
             raise ValueError("parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1; it is 1")
-        if parallel.sequence_parallel and batch.sequence_length % tp:
-            raise ValueError(
-                f"batch.sequence_length={batch.sequence_length} is not a multiple of "
-                f"parallel.tensor_model_parallel_size={tp}, which sequence_parallel needs"
-            )
+        lengths = ("encoder_length", "decoder_length") if batch.encoder_length else ("sequence_length",)
+        for key in lengths:
+            if parallel.sequence_parallel and getattr(batch, key) % tp:
+                raise ValueError(
+                    f"batch.{key}={getattr(batch, key)} is not a multiple of "
+                    f"parallel.tensor_model_parallel_size={tp}, which sequence_parallel needs"
+                )
         if parallel.virtual_pipeline_model_parallel_size is not None and pp == 1:
             raise ValueError("parallel.virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
         if parallel.overlap_param_gather and not (parallel.overlap_grad_reduce and parallel.use_distributed_optimizer):
@@ -101,6 +103,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"logging.profile asks for steps {profile.start} to {profile.start + profile.steps - 1}, the run has "
                 f"{self.train_steps}"
+            )
+        if self.kernels.adam in ("transformer_engine", "apex") and (
+            self.optimizer.name != "adamw" or self.optimizer.offload == "cpu"
+        ):
+            raise ValueError(
+                f"kernels.adam={self.kernels.adam} updates on a GPU with AdamW; optimizer.name is "
+                f"{self.optimizer.name}, optimizer.offload {self.optimizer.offload}: leave kernels.adam out"
             )
         if self.optimizer.name == "adafactor" and parallel.use_distributed_optimizer:
             raise ValueError(

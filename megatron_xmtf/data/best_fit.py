@@ -24,7 +24,16 @@ from numpy.typing import NDArray
 
 from megatron_xmtf.errors import DatasetError
 
-__all__ = ["ALGORITHM_VERSION", "RowPattern", "best_fit_patterns", "gather", "group", "number_type", "pack_lengths"]
+__all__ = [
+    "ALGORITHM_VERSION",
+    "RowPattern",
+    "best_fit_patterns",
+    "gather",
+    "group",
+    "number_type",
+    "pack_lengths",
+    "place_examples",
+]
 
 ALGORITHM_VERSION = 2
 """Part of every packing key: raised by any change that gives other rows for the same lengths and seed."""
@@ -122,16 +131,31 @@ def pack_lengths(
         )
     # 16 bits where they suffice: numpy sorts those by radix, in linear time.
     lengths = lengths.astype(np.uint16 if capacity <= np.iinfo(np.uint16).max else np.int32, copy=False)
-    random = np.random.default_rng(seed)
-    examples, ends = group(lengths, num_keys=capacity + 1)
+    counts = np.zeros(capacity + 1, np.int64)
+    for begin in range(0, lengths.size, BLOCK):
+        counts += np.bincount(lengths[begin : begin + BLOCK], minlength=capacity + 1)
+    patterns = best_fit_patterns(counts, capacity=capacity)
+    return place_examples(lengths, num_keys=capacity + 1, patterns=patterns, random=np.random.default_rng(seed))
+
+
+def place_examples(
+    keys: NDArray[np.integer], *, num_keys: int, patterns: Sequence[RowPattern], random: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
+    """Give every example a place in a row of its class, all in random order.
+
+    Args:    keys: int [examples], what tells examples apart for the packer, 0..num_keys-1: their length, or the number
+             of their pair of lengths. patterns: classes of rows; `lengths` of them are keys, as many as there are.
+    Returns: as `pack_lengths`.
+    """
+    examples, ends = group(keys, num_keys=num_keys)
     counts = np.diff(ends, prepend=0)
-    layout = _Layout(best_fit_patterns(counts, capacity=capacity), lengths.dtype, random)
+    layout = _Layout(patterns, keys.dtype, random)
     for begin, end in zip((ends - counts).tolist(), ends.tolist(), strict=True):
         random.shuffle(examples[begin:end])
     order = np.empty_like(examples)
-    taken = ends - counts  # of each length, where its first example without a place stands
-    for begin, slot_lengths in layout.slots(random):
-        slots, places = _deal(slot_lengths, taken)
+    taken = ends - counts  # of each key, where its first example without a place stands
+    for begin, slot_keys in layout.slots(random):
+        slots, places = _deal(slot_keys, taken)
         order[begin : begin + len(slots)][slots] = examples[places]
     return layout.row_offsets, order
 

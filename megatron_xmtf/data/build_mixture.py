@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_xmtf.config.mixture import EachConfig, MixtureConfig, MixtureEntry, PinchConfig, SelectionConfig, Source
 from megatron_xmtf.config.objective import ObjectiveConfig
+from megatron_xmtf.config.row_lengths import RowLengths, word_lengths
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.fitting import FittingExamples, LeftOut, LongExamples, fit_examples, require_examples
 from megatron_xmtf.data.mixture import Component, Mixture
@@ -28,7 +29,7 @@ def build_mixture(
     datasets: Sequence[ExampleDataset],
     mixture: MixtureConfig,
     *,
-    sequence_length: int,
+    sequence_length: RowLengths,
     long_examples: LongExamples = "drop",
     split_seed: int = 0,
     excluded: Sequence[NDArray[np.bool_] | None] | None = None,
@@ -84,7 +85,7 @@ class _Builder:
     datasets: Sequence[ExampleDataset]
     number_of: dict[Source, int]
     mixture: MixtureConfig
-    sequence_length: int
+    sequence_length: RowLengths
     long_examples: LongExamples
     split_seed: int
     excluded: list[NDArray[np.bool_] | None]
@@ -106,8 +107,8 @@ class _Builder:
         if not any(len(component.examples) for component in self.components):
             raise DatasetError(
                 f"none of the {sum(map(len, self.datasets))} examples of {len(self.datasets)} datasets fits a row of "
-                f"{self.sequence_length + 1} tokens (sequence_length + 1), or all are left out by the mixture's "
-                "selection. Raise sequence_length, set long_examples to truncate_inputs_left, or take other data."
+                f"{word_lengths(self.sequence_length)}, or all are left out by the mixture's selection. "
+                "Make rows longer, set long_examples to truncate_inputs_left, or take other data."
             )
         return Mixture(self.components + pinched, root, self.floors, self.mixture.unit, self.left_out)
 

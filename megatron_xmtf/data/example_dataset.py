@@ -121,6 +121,11 @@ class ExampleDataset:
         return self[number]
 
     @property
+    def inputs_end_with_eos(self) -> bool:
+        """Whether the inputs already end with EOS. Preprocessing stores them without, whatever the model."""
+        return False
+
+    @property
     def places(self) -> np.ndarray:
         """Place in the files of the document that each example is of, uint64 [examples]."""
         return np.arange(len(self), dtype=np.uint64)

@@ -12,13 +12,23 @@ steps: a run resumed at step n reads what the uninterrupted one reads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_xmtf.config.step_rows import StepRows
 from megatron_xmtf.data.batch import Batch, LossNormalization, build_batch
-from megatron_xmtf.data.rows import PackedRows, empty_row
+from megatron_xmtf.data.encoder_decoder_batch import EncoderDecoderBatch, build_encoder_decoder_batch
+from megatron_xmtf.data.encoder_decoder_rows import EncoderDecoderRows
+from megatron_xmtf.data.rows import PackedRows
 from megatron_xmtf.data.target_counts import count_target_tokens
 from megatron_xmtf.errors import ConfigError, DatasetError
 
-__all__ = ["BatchLoader", "require_even_deal", "validation_batches"]
+__all__ = ["AnyBatch", "AnyRows", "BatchLoader", "read_micro_batch", "require_even_deal", "validation_batches"]
+
+AnyRows = PackedRows | EncoderDecoderRows
+AnyBatch = Batch | EncoderDecoderBatch
 
 
 class BatchLoader:
@@ -31,7 +41,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        rows: PackedRows,
+        rows: AnyRows,
         *,
         micro_batch_size: int,
         step_rows: StepRows,
@@ -46,7 +56,7 @@ class BatchLoader:
         self.data_parallel_rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
         self.normalization = normalization
 
-    def micro_batches(self, step: int) -> list[Batch]:
+    def micro_batches(self, step: int) -> list[AnyBatch]:
         """Read this rank's micro-batches of a step, which counts from 0.
 
         Raises:  DatasetError: the index has no rows for this step.
@@ -61,13 +71,31 @@ class BatchLoader:
         counts = None
         if self.normalization == "dataset":
             counts = count_target_tokens(self.rows, begin, count=size)
-        batches = []
+        batches: list[AnyBatch] = []
         for micro_batch in range(size // (self.micro_batch_size * self.data_parallel_size)):
             place = micro_batch * self.data_parallel_size + self.data_parallel_rank
             first = begin + place * self.micro_batch_size
-            rows = [self.rows[row] for row in range(first, first + self.micro_batch_size)]
-            batches.append(build_batch(rows, normalization=self.normalization, dataset_target_tokens=counts))
+            numbers = range(first, first + self.micro_batch_size)
+            batches.append(read_micro_batch(self.rows, numbers, normalization=self.normalization, counts=counts))
         return batches
+
+
+def read_micro_batch(
+    rows: AnyRows,
+    numbers: Sequence[int],
+    *,
+    normalization: LossNormalization,
+    counts: NDArray[np.int64] | None = None,
+) -> AnyBatch:
+    """Read the rows of a micro-batch and build it; a number at or beyond the end is a row of padding.
+
+    Args:    counts: target tokens of each dataset in the global batch, for the normalization `dataset`.
+    """
+    if isinstance(rows, EncoderDecoderRows):
+        two_sided = [rows[row] if row < len(rows) else rows.empty() for row in numbers]
+        return build_encoder_decoder_batch(two_sided, normalization=normalization, dataset_target_tokens=counts)
+    packed = [rows[row] if row < len(rows) else rows.empty() for row in numbers]
+    return build_batch(packed, normalization=normalization, dataset_target_tokens=counts)
 
 
 def require_even_deal(step_rows: StepRows, micro_batch_size: int, data_parallel_size: int) -> None:
@@ -94,14 +122,14 @@ def require_even_deal(step_rows: StepRows, micro_batch_size: int, data_parallel_
 
 
 def validation_batches(
-    rows: PackedRows,
+    rows: AnyRows,
     *,
     num_rows: int,
     micro_batch_size: int,
     data_parallel_rank: int,
     data_parallel_size: int,
     normalization: LossNormalization,
-) -> list[Batch]:
+) -> list[AnyBatch]:
     """Read this rank's share of the first rows, each row on exactly one rank.
 
     Args:    num_rows: rows to measure; fewer if there are fewer. Rows of padding, which weigh nothing, complete the
@@ -110,10 +138,10 @@ def validation_batches(
     """
     num_rows = min(num_rows, len(rows))
     share = micro_batch_size * data_parallel_size
-    padding = empty_row(sequence_length=rows.sequence_length, pad_id=rows.pad_id)
-    batches = []
+    padding = len(rows)
+    batches: list[AnyBatch] = []
     for micro_batch in range(-(-num_rows // share)):
         first = micro_batch * share + data_parallel_rank * micro_batch_size
-        chosen = [rows[row] if row < num_rows else padding for row in range(first, first + micro_batch_size)]
-        batches.append(build_batch(chosen, normalization=normalization))
+        chosen = [row if row < num_rows else padding for row in range(first, first + micro_batch_size)]
+        batches.append(read_micro_batch(rows, chosen, normalization=normalization))
     return batches

@@ -18,16 +18,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xmtf.config.mixture import MixtureConfig, MixtureEntry
+from megatron_xmtf.config.row_lengths import EncoderDecoderLengths, RowLengths, row_capacity, word_lengths
 from megatron_xmtf.config.schema import DataConfig, DatasetConfig, RunConfig
 from megatron_xmtf.data.best_fit import gather, number_type, pack_lengths
 from megatron_xmtf.data.build_mixture import build_mixture
 from megatron_xmtf.data.example_dataset import ExampleDataset
-from megatron_xmtf.data.fitting import LongExamples, fit_examples, require_examples
+from megatron_xmtf.data.fitting import FittingExamples, LongExamples, fit_examples, require_examples
 from megatron_xmtf.data.mixture import Mixture, MixtureDraws
 from megatron_xmtf.data.packing_index import PackingIndex
 from megatron_xmtf.data.packing_key import packing_key
-from megatron_xmtf.data.packing_statistics import component_statistics, dataset_statistics, packing_statistics
+from megatron_xmtf.data.packing_statistics import (
+    component_statistics,
+    dataset_statistics,
+    fewest_rows_of,
+    packing_statistics,
+)
 from megatron_xmtf.data.selection import select_examples
+from megatron_xmtf.data.two_sided_fit import pack_two_sided
 from megatron_xmtf.errors import ConfigError, DatasetError
 from megatron_xmtf.progress import Progress
 
@@ -64,7 +71,7 @@ def open_packing_index(
     datasets: Sequence[ExampleDataset],
     *,
     data: DataConfig,
-    sequence_length: int,
+    sequence_length: RowLengths,
     rows_needed: int,
     seed: int,
     directory: Path | str,
@@ -89,7 +96,7 @@ def open_packing_index(
     path = index_path(directory, key)
     if not path.exists():
         raise DatasetError(
-            f"there is no packing index {path} for this data, sequence_length={sequence_length}, seed={seed} and "
+            f"there is no packing index {path} for this data, rows of {word_lengths(sequence_length)}, seed={seed} and "
             f"{rows_needed} rows; run `xmtf pack CONFIG` with the same configuration."
         )
     return PackingIndex.load(path, key=key, verify=verify)
@@ -99,7 +106,7 @@ def build_packing_index(
     datasets: Sequence[ExampleDataset],
     *,
     data: DataConfig,
-    sequence_length: int,
+    sequence_length: RowLengths,
     rows_needed: int,
     seed: int,
     directory: Path | str,
@@ -147,7 +154,7 @@ def pack_mixture(
     *,
     mixture: MixtureConfig | None = None,
     split_seed: int = 0,
-    sequence_length: int,
+    sequence_length: RowLengths,
     long_examples: LongExamples = "drop",
     rows_needed: int | None = None,
     seed: int = 0,
@@ -181,17 +188,15 @@ def pack_mixture(
         split_seed=split_seed,
         excluded=[guards.excluded(number, drop=drop) for number in range(len(datasets))] if guards and drop else None,
     )
-    rows = _Rows(built, datasets, capacity=sequence_length + 1)
-    draws = MixtureDraws(built, capacity=sequence_length + 1, seed=seed)
+    rows = _Rows(built, datasets, row_lengths=sequence_length)
+    draws = MixtureDraws(built, capacity=row_capacity(sequence_length), seed=seed)
     with Progress("pack", total=rows_needed or 1, unit="rows") as progress:
         while rows.count < (rows_needed or 1):
             chosen = draws.next_pass()
             if chosen is None:
                 raise _exhausted(built, draws, rows.count, rows_needed)
             progress.advance(rows.pack(chosen, seed=(seed, PACKING_STREAM, rows.passes)))
-    return rows.index(
-        rows_needed, sequence_length=sequence_length, long_examples=long_examples, key=key, key_inputs=key_inputs
-    )
+    return rows.index(rows_needed, long_examples=long_examples, key=key, key_inputs=key_inputs)
 
 
 def _exhausted(mixture: Mixture, draws: MixtureDraws, rows: int, rows_needed: int | None) -> DatasetError:
@@ -206,8 +211,8 @@ def _exhausted(mixture: Mixture, draws: MixtureDraws, rows: int, rows_needed: in
 class _Rows:
     """Rows packed so far; an example is known by its component and its number until the end."""
 
-    def __init__(self, mixture: Mixture, datasets: Sequence[ExampleDataset], *, capacity: int) -> None:
-        self.mixture, self.datasets, self.capacity = mixture, datasets, capacity
+    def __init__(self, mixture: Mixture, datasets: Sequence[ExampleDataset], *, row_lengths: RowLengths) -> None:
+        self.mixture, self.datasets, self.row_lengths = mixture, datasets, row_lengths
         self.count = self.passes = 0
         self._segments = 0
         self._offsets: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
@@ -217,9 +222,7 @@ class _Rows:
     def pack(self, chosen: Sequence[NDArray[np.integer]], *, seed: tuple[int, ...]) -> int:
         """Pack one pass; return the number of its rows."""
         parts = [one.examples for one in self.mixture.components]
-        lengths = np.concatenate([gather(part.lengths, at) for part, at in zip(parts, chosen, strict=True)])
-        row_offsets, order = pack_lengths(lengths, capacity=self.capacity, seed=seed)
-        del lengths
+        row_offsets, order = self._best_fit(parts, chosen, seed=seed)
         id_type = number_type(max(len(dataset) for dataset in self.datasets))
         examples = np.concatenate(
             [gather(part.ids, at).astype(id_type, copy=False) for part, at in zip(parts, chosen, strict=True)]
@@ -235,8 +238,25 @@ class _Rows:
         self.count += len(row_offsets) - 1
         return len(row_offsets) - 1
 
+    def _best_fit(
+        self, parts: Sequence[FittingExamples], chosen: Sequence[NDArray[np.integer]], *, seed: tuple[int, ...]
+    ) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
+        """Pack the lengths of a pass; return `pack_lengths`'s row offsets and order."""
+        lengths = np.concatenate([gather(part.lengths, at) for part, at in zip(parts, chosen, strict=True)])
+        if not isinstance(self.row_lengths, EncoderDecoderLengths):
+            return pack_lengths(lengths, capacity=row_capacity(self.row_lengths), seed=seed)
+        targets = np.concatenate([gather(part.target_tokens, at) for part, at in zip(parts, chosen, strict=True)])
+        lengths -= targets
+        return pack_two_sided(
+            lengths,
+            targets,
+            encoder_length=self.row_lengths.encoder_length,
+            decoder_length=self.row_lengths.decoder_length,
+            seed=seed,
+        )
+
     def index(
-        self, rows_needed: int | None, *, sequence_length: int, long_examples: str, key: str, key_inputs: dict[str, Any]
+        self, rows_needed: int | None, *, long_examples: str, key: str, key_inputs: dict[str, Any]
     ) -> PackingIndex:
         """Return the index of the first `rows_needed` rows, or of all."""
         offsets = _joined(self._offsets)[: None if rows_needed is None else rows_needed + 1]
@@ -251,18 +271,19 @@ class _Rows:
                 self.mixture.left_out,
                 dataset_ids,
                 example_ids,
-                capacity=self.capacity,
+                row_lengths=self.row_lengths,
             ),
             self._component_statistics(components, example_ids),
             rows=len(offsets) - 1,
             epochs=self.passes,
-            capacity=self.capacity,
+            row_lengths=self.row_lengths,
+            fewest_rows=fewest_rows_of(self.datasets, dataset_ids, example_ids, row_lengths=self.row_lengths),
         )
         return PackingIndex(
             row_offsets=offsets,
             dataset_ids=dataset_ids,
             example_ids=example_ids,
-            sequence_length=sequence_length,
+            row_lengths=self.row_lengths,
             long_examples=long_examples,
             statistics=statistics,
             key=key,
@@ -289,7 +310,7 @@ def pack_dataset(
     *,
     entry: DatasetConfig | None = None,
     split_seed: int = 0,
-    sequence_length: int,
+    sequence_length: RowLengths,
     long_examples: LongExamples = "drop",
     rows: int | None = None,
 ) -> PackingIndex:
@@ -315,24 +336,41 @@ def pack_dataset(
     chosen = select_examples(dataset, [entry], split=entry.split, split_seed=split_seed)
     fitting = fit_examples(dataset, sequence_length=sequence_length, long_examples=long_examples, chosen=chosen)
     require_examples(dataset, fitting, sequence_length=sequence_length)
-    ends = np.cumsum(fitting.lengths, dtype=np.int64)
-    offsets = [0]
-    while offsets[-1] < len(ends) and (rows is None or len(offsets) <= rows):
-        begin = offsets[-1]
-        used = int(ends[begin - 1]) if begin else 0
-        offsets.append(int(np.searchsorted(ends, used + sequence_length + 1, side="right")))
+    offsets = _next_fit(fitting, sequence_length, rows)
     drawn = fitting.ids[: offsets[-1]]
     dataset_ids = np.zeros(len(drawn), np.uint16)
     each = dataset_statistics(
-        [dataset], [len(fitting)], [fitting.left_out], dataset_ids, drawn, capacity=sequence_length + 1
+        [dataset], [len(fitting)], [fitting.left_out], dataset_ids, drawn, row_lengths=sequence_length
     )
     return PackingIndex(
         row_offsets=np.array(offsets, np.int64),
         dataset_ids=dataset_ids,
         example_ids=drawn,
-        sequence_length=sequence_length,
+        row_lengths=sequence_length,
         long_examples=long_examples,
-        statistics=packing_statistics(each, [], rows=len(offsets) - 1, epochs=1, capacity=sequence_length + 1),
+        statistics=packing_statistics(each, [], rows=len(offsets) - 1, epochs=1, row_lengths=sequence_length),
         key=key,
         key_inputs=key_inputs,
     )
+
+
+def _next_fit(fitting: FittingExamples, row_lengths: RowLengths, rows: int | None) -> list[int]:
+    """Return the row offsets of examples in their order: a row ends where the next example does not fit a side."""
+    if isinstance(row_lengths, EncoderDecoderLengths):
+        targets = fitting.target_tokens.astype(np.int64)
+        sides = [
+            (np.cumsum(fitting.lengths - targets), row_lengths.encoder_length),
+            (np.cumsum(targets), row_lengths.decoder_length),
+        ]
+    else:
+        sides = [(np.cumsum(fitting.lengths, dtype=np.int64), row_capacity(row_lengths))]
+    offsets = [0]
+    while offsets[-1] < len(fitting) and (rows is None or len(offsets) <= rows):
+        begin = offsets[-1]
+        used = [int(ends[begin - 1]) if begin else 0 for ends, _ in sides]
+        found = [
+            int(np.searchsorted(ends, before + room, side="right"))
+            for (ends, room), before in zip(sides, used, strict=True)
+        ]
+        offsets.append(min(found))
+    return offsets

@@ -12,13 +12,14 @@ temporary name and renamed when whole. A segment takes 6 bytes: 80 million take 
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_xmtf.config.row_lengths import EncoderDecoderLengths, RowLengths, row_capacity
 from megatron_xmtf.errors import ConfigError, DatasetError
 from megatron_xmtf.files import atomic_directory, read_json, sha256_file, write_json
 
@@ -88,7 +89,13 @@ class PackingStatistics(TypedDict):
     tokens: int
     target_tokens: int
     fill_fraction: float
-    """tokens / (rows * (sequence_length + 1))."""
+    """tokens / (rows * (sequence_length + 1)); of two sides, tokens / (rows * (encoder_length + decoder_length))."""
+    encoder_fill_fraction: NotRequired[float]
+    """Of rows of two sides: tokens of inputs / (rows * encoder_length)."""
+    decoder_fill_fraction: NotRequired[float]
+    """Of rows of two sides: tokens of targets / (rows * decoder_length)."""
+    fewest_rows: NotRequired[int]
+    """Of rows of two sides: no packing of these examples has fewer (`two_sided_fit.fewest_rows`)."""
     dropped: int
     truncated: int
     empty: int
@@ -106,8 +113,8 @@ class PackingIndex:
     """[segments], position of the dataset in the mixture."""
     example_ids: NDArray[np.integer]
     """[segments], number of the example in its dataset; uint32, or int64 where those do not suffice."""
-    sequence_length: int
-    """Tokens the model reads; a row holds one more."""
+    row_lengths: RowLengths
+    """Tokens the model reads, a row holding one more; or the two lengths of an encoder-decoder."""
     long_examples: str
     """What `PackedRows` does with inputs that do not fit: `data.long_examples`."""
     statistics: PackingStatistics
@@ -125,6 +132,17 @@ class PackingIndex:
 
     def __len__(self) -> int:
         return len(self.row_offsets) - 1
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a row that the model reads, those of both sides together."""
+        lengths = self.row_lengths
+        return lengths if isinstance(lengths, int) else lengths.encoder_length + lengths.decoder_length
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of examples that a row can hold."""
+        return row_capacity(self.row_lengths)
 
     def save(self, directory: Path | str) -> None:
         """Write the index to `directory`; if another process finished it there first, leave that one.
@@ -164,6 +182,7 @@ class PackingIndex:
                 "key": self.key,
                 "key_inputs": self.key_inputs,
                 "sequence_length": self.sequence_length,
+                **({} if isinstance(self.row_lengths, int) else {"two_sides": asdict(self.row_lengths)}),
                 "long_examples": self.long_examples,
                 "statistics": self.statistics,
                 "required_examples": self.required_examples,
@@ -191,7 +210,7 @@ class PackingIndex:
             row_offsets=arrays["row_offsets"],
             dataset_ids=arrays["dataset_ids"],
             example_ids=arrays["example_ids"],
-            sequence_length=manifest["sequence_length"],
+            row_lengths=_read_lengths(directory, manifest),
             long_examples=manifest["long_examples"],
             statistics=statistics,
             key=manifest["key"],
@@ -271,6 +290,15 @@ def _read_manifest(directory: Path, key: str | None) -> dict[str, Any]:
     if not isinstance(required, list) or not all(isinstance(count, int) for count in required):
         raise _damaged(directory, f"{MANIFEST} has no numbers in required_examples")
     return manifest
+
+
+def _read_lengths(directory: Path, manifest: dict[str, Any]) -> RowLengths:
+    sides = manifest.get("two_sides")
+    if sides is None:
+        return int(manifest["sequence_length"])
+    if not isinstance(sides, dict) or sides.keys() != {one.name for one in fields(EncoderDecoderLengths)}:
+        raise _damaged(directory, f"{MANIFEST} has other two_sides than encoder_length, decoder_length, encoder_eos")
+    return EncoderDecoderLengths(**sides)
 
 
 def _load_array(directory: Path, name: str, files: dict[str, Any], *, verify: bool) -> NDArray[Any]:

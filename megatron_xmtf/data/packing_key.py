@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_xmtf.config.mixture import MixtureConfig
+from megatron_xmtf.config.row_lengths import EncoderDecoderLengths, RowLengths
 from megatron_xmtf.data.best_fit import ALGORITHM_VERSION
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.fitting import LongExamples
 from megatron_xmtf.data.objectives import ObjectiveDataset
+from megatron_xmtf.data.two_sided_fit import TWO_SIDED_VERSION
 from megatron_xmtf.files import sha256_json
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ def packing_key(
     *,
     mixture: MixtureConfig,
     split_seed: int,
-    sequence_length: int,
+    sequence_length: RowLengths,
     long_examples: LongExamples,
     seed: int,
     rows_needed: int | None,
@@ -51,7 +54,7 @@ def packing_key(
         ],
         "mixture": _without_paths(mixture),
         "split_seed": split_seed,
-        "sequence_length": sequence_length,
+        "sequence_length": _key_of_lengths(sequence_length),
         "long_examples": long_examples,
         "seed": seed,
         "rows_needed": rows_needed,
@@ -59,6 +62,13 @@ def packing_key(
         "guards": {"key": guards.key, "drop": list(dropped)} if guards is not None and dropped else None,
     }
     return sha256_json(inputs), inputs
+
+
+def _key_of_lengths(lengths: RowLengths) -> int | dict[str, Any]:
+    """Return what is hashed of a row's lengths; a decoder's stay the number they have always been."""
+    if isinstance(lengths, EncoderDecoderLengths):
+        return {**asdict(lengths), "two_sided_version": TWO_SIDED_VERSION}
+    return lengths
 
 
 def _without_paths(mixture: MixtureConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.packing_index import PackingIndex
 from megatron_xmtf.errors import DatasetError
 
-__all__ = ["PackedRows", "Row", "empty_row", "pack_examples"]
+__all__ = ["Example", "IndexedRows", "PackedRows", "Row", "empty_row", "pack_examples"]
 
 Example = tuple[NDArray[np.int32], NDArray[np.int32]]
 """Inputs and targets of one example; plain text has no inputs."""
@@ -43,8 +43,8 @@ class Row:
     """[segments], example of segment n at n - 1."""
 
 
-class PackedRows:
-    """The rows that an index describes, read from their datasets when asked for.
+class IndexedRows:
+    """What rows of one line and of two sides have in common: the examples that an index puts into each.
 
     Args:    datasets: those the index was built from, in the same order. pad_id: token that fills a row's end.
     Raises:  DatasetError: the index names an example that a dataset does not have.
@@ -52,7 +52,6 @@ class PackedRows:
 
     def __init__(self, datasets: Sequence[ExampleDataset], index: PackingIndex, *, pad_id: int) -> None:
         self.datasets, self.index, self.pad_id = list(datasets), index, pad_id
-        self.sequence_length = index.sequence_length
         names = [entry["name"] for entry in index.statistics["datasets"]]
         if len(names) != len(self.datasets):
             raise DatasetError(
@@ -69,10 +68,10 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, row: int) -> Row:
-        """Read a row.
+    def segments(self, row: int) -> tuple[list[Example], NDArray[np.uint16], NDArray[np.int64]]:
+        """Read what a row holds: its examples whole, and the dataset and number of each.
 
-        Raises:  IndexError: there is no such row. DatasetError: the data no longer have the lengths packed.
+        Raises:  IndexError: there is no such row. DatasetError: the index was altered.
         """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
@@ -81,7 +80,7 @@ class PackedRows:
         example_ids = np.array(self.index.example_ids[begin:end], np.int64)
         try:
             examples = [
-                self._truncated(self.datasets[dataset].example(example, occurrence=place))
+                self.datasets[dataset].example(example, occurrence=place)
                 for place, dataset, example in zip(
                     range(begin, end), dataset_ids.tolist(), example_ids.tolist(), strict=True
                 )
@@ -91,8 +90,36 @@ class PackedRows:
                 f"row {row} of the packing index names an example that there is not ({error}): the index was altered "
                 "after it was verified. Remove its directory and run `xmtf pack CONFIG` again."
             ) from error
+        return examples, dataset_ids, example_ids
+
+    def cut(self, inputs: NDArray[np.int32], excess: int) -> NDArray[np.int32]:
+        """Take `excess` tokens off the inputs, where the index was built with such a policy."""
+        if excess <= 0:
+            return inputs
+        if self.index.long_examples == "truncate_inputs_left":
+            return inputs[excess:]
+        if self.index.long_examples == "truncate_inputs_right":
+            return inputs[:-excess]
+        return inputs
+
+
+class PackedRows(IndexedRows):
+    """The rows that an index describes, read from their datasets when asked for; see `IndexedRows`."""
+
+    def __init__(self, datasets: Sequence[ExampleDataset], index: PackingIndex, *, pad_id: int) -> None:
+        super().__init__(datasets, index, pad_id=pad_id)
+        assert isinstance(index.row_lengths, int), "rows of two sides are `EncoderDecoderRows`"
+        self.sequence_length = index.row_lengths
+
+    def __getitem__(self, row: int) -> Row:
+        """Read a row.
+
+        Raises:  IndexError: there is no such row. DatasetError: the data no longer have the lengths packed.
+        """
+        examples, dataset_ids, example_ids = self.segments(row)
+        capacity = self.sequence_length + 1
         return _build_row(
-            examples,
+            [(self.cut(inputs, len(inputs) + len(targets) - capacity), targets) for inputs, targets in examples],
             dataset_ids=dataset_ids,
             example_ids=example_ids,
             sequence_length=self.sequence_length,
@@ -100,17 +127,9 @@ class PackedRows:
             what=f"row {row}",
         )
 
-    def _truncated(self, example: Example) -> Example:
-        """Cut inputs so that the example fits a row, where the index was built with that policy."""
-        inputs, targets = example
-        excess = len(inputs) + len(targets) - self.sequence_length - 1
-        if excess <= 0:
-            return example
-        if self.index.long_examples == "truncate_inputs_left":
-            return inputs[excess:], targets
-        if self.index.long_examples == "truncate_inputs_right":
-            return inputs[:-excess], targets
-        return example
+    def empty(self) -> Row:
+        """Return a row of padding alone, to complete a last micro-batch."""
+        return empty_row(sequence_length=self.sequence_length, pad_id=self.pad_id)
 
 
 def _build_row(

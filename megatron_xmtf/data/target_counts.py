@@ -12,12 +12,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xmtf.data.rows import PackedRows
+from megatron_xmtf.data.fitting import segment_tokens
+from megatron_xmtf.data.rows import IndexedRows
 
 __all__ = ["count_target_tokens"]
 
 
-def count_target_tokens(rows: PackedRows, first: int, *, count: int) -> NDArray[np.int64]:
+def count_target_tokens(rows: IndexedRows, first: int, *, count: int) -> NDArray[np.int64]:
     """Return the predicted target tokens of each dataset in rows `first` to `first + count - 1`, int64 [datasets]."""
     index = rows.index
     segments = slice(int(index.row_offsets[first]), int(index.row_offsets[first + count]))
@@ -25,10 +26,5 @@ def count_target_tokens(rows: PackedRows, first: int, *, count: int) -> NDArray[
     counts = np.zeros(len(rows.datasets), np.int64)
     for number in np.unique(dataset_ids).tolist():
         dataset, examples = rows.datasets[number], example_ids[dataset_ids == number].astype(np.int64)
-        inputs = dataset.input_lengths[examples].astype(np.int64)
-        targets = dataset.target_lengths[examples].astype(np.int64)
-        # Inputs are cut where an example is too long; without any, the first target has nothing before it.
-        excess = np.maximum(inputs + targets - (index.sequence_length + 1), 0)
-        has_inputs = inputs > excess
-        counts[number] = np.maximum(targets - ~has_inputs, 0).sum()
+        counts[number] = segment_tokens(dataset, examples, lengths=index.row_lengths)[1].sum()
     return counts

@@ -110,7 +110,7 @@ def build_data_plan(config: RunConfig, *, by: Sequence[str] = ()) -> DataPlan:
     index = build_packing_index(
         datasets,
         data=config.data,
-        sequence_length=config.batch.sequence_length,
+        sequence_length=config.batch.row_lengths,
         rows_needed=config.train_rows,
         seed=config.seed,
         directory=directory,
@@ -136,7 +136,7 @@ def plan_data(
              `find_flags`. by: as `build_data_plan`.
     """
     guards = describe_guards(config, flags, why_no_flags)
-    capacity, normalization = index.sequence_length + 1, config.loss.normalization
+    capacity, normalization = index.capacity, config.loss.normalization
     rows = config.train_rows
     readable = find_readable(config, datasets, guards=flags)
     per_micro_batch = normalization == "target_sequence_per_micro_batch"

@@ -43,7 +43,7 @@ def find_readable(
     Args:    datasets: those of `data.training_datasets`, in that order. guards: as `build_packing_index`.
     Raises:  ConfigError, DatasetError: as `build_packing_index`.
     """
-    data, sequence_length = config.data, config.batch.sequence_length
+    data, sequence_length = config.data, config.batch.row_lengths
     drop = guards.settings.dropped() if guards is not None else ()
     built = build_mixture(
         datasets,

@@ -65,7 +65,7 @@ def _describe(
         dataset,
         entry=entry,
         split_seed=config.data.split_seed,
-        sequence_length=config.batch.sequence_length,
+        sequence_length=config.batch.row_lengths,
         long_examples=config.data.long_examples,
         rows=config.evaluation.rows,
     ).statistics

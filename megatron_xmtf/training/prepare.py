@@ -157,7 +157,7 @@ def open_validation_rows(prepared: PreparedRun) -> dict[str, tuple[ExampleDatase
             dataset,
             entry=entry,
             split_seed=config.data.split_seed,
-            sequence_length=config.batch.sequence_length,
+            sequence_length=config.batch.row_lengths,
             long_examples=config.data.long_examples,
             rows=config.evaluation.rows,
         )
@@ -265,7 +265,7 @@ def _index(config: RunConfig, datasets: Sequence[ExampleDataset]) -> PackingInde
     return function(
         datasets,
         data=config.data,
-        sequence_length=config.batch.sequence_length,
+        sequence_length=config.batch.row_lengths,
         rows_needed=config.train_rows,
         seed=config.seed,
         directory=index_directory(config),

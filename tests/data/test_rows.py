@@ -72,7 +72,7 @@ def test_an_index_altered_after_its_verification_is_an_error_of_the_data(ids, da
         row_offsets=np.array([0, 1, 2]),
         dataset_ids=np.array([0, dataset], np.uint16),
         example_ids=np.array(ids, np.uint32),
-        sequence_length=7,
+        row_lengths=7,
         long_examples="drop",
         statistics={"rows": 2, "datasets": [{"name": "a"}]},
         key="",

@@ -1,0 +1,210 @@
+"""Pack examples of two lengths into rows of two sides, on counts of each pair of lengths rather than on examples.
+
+    encoder_length 10, decoder_length 4       pairs (inputs, targets)   (6, 1) x 2   (4, 3) x 2   (3, 2) x 1
+    an empty row has room (10, 4)   nearest to it that fits: (6, 1)     leaves (4, 3)
+                                    nearest to that:         (4, 3)     leaves (0, 0): the row is closed
+    twice the same, as there are two of each; then a row of (3, 2) alone     -> rows {(6,1) (4,3)} x 2, {(3,2)}
+
+A row is filled with the pair that is nearest to the room left, measured in parts of each side, each weighted with how
+much of that side the examples without a row still ask for. Long inputs with short targets so meet short inputs with
+long targets; where one side alone is scarce, it is best fit on that side. The row found is taken as often as there are
+examples for it, which exhausts a pair: the work grows with the number of different pairs, not of examples.
+
+Pairs lie on a plane in blocks of `BLOCK_INPUTS` x `BLOCK_TARGETS`; blocks are searched in the order of how near their
+nearest corner is, and only until no other can hold a nearer pair.
+Source:  bin-centric norm-based greedy of Panigrahy et al. 2011 ("Heuristics for vector bin packing"), here on a
+         histogram (Krell et al. 2021, arXiv 2107.02027); lower bound: L2 of Martello & Toth 1990, side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_xmtf.data.best_fit import BLOCK, RowPattern, place_examples
+from megatron_xmtf.errors import DatasetError
+
+__all__ = ["TWO_SIDED_VERSION", "fewest_rows", "pack_two_sided", "two_sided_patterns"]
+
+TWO_SIDED_VERSION = 1
+"""Part of the key of two-sided rows: raised by any change that gives other rows for the same lengths and seed."""
+BLOCK_INPUTS, BLOCK_TARGETS = 32, 8
+
+
+def pack_two_sided(
+    inputs: NDArray[np.integer],
+    targets: NDArray[np.integer],
+    *,
+    encoder_length: int,
+    decoder_length: int,
+    seed: int | Sequence[int],
+) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
+    """Pack examples into rows of two sides; rows, order in a row and examples of equal lengths are shuffled by `seed`.
+
+    Args:    inputs, targets: int [examples], tokens of each example on either side, 1..encoder_length and
+             1..decoder_length. seed: one or more integers >= 0; the same seed gives the same bytes.
+    Returns: (row_offsets int64 [rows + 1], order [examples]), as `pack_lengths`.
+    Raises:  DatasetError: a length below 1 or above that of its side.
+    """
+    inputs, targets = np.asarray(inputs), np.asarray(targets)
+    for name, lengths, most in (("inputs", inputs, encoder_length), ("targets", targets, decoder_length)):
+        if len(lengths) and (lengths.min() < 1 or lengths.max() > most):
+            raise DatasetError(
+                f"{name} to pack have {lengths.min()} to {lengths.max()} tokens; a row holds 1 to {most}. "
+                "Drop or truncate the others first."
+            )
+    width = decoder_length + 1
+    counts = np.zeros((encoder_length + 1) * width, np.int64)
+    for begin in range(0, len(inputs), BLOCK):
+        part = slice(begin, begin + BLOCK)
+        counts += np.bincount(inputs[part].astype(np.int64) * width + targets[part], minlength=len(counts))
+    present = np.flatnonzero(counts)
+    # Pairs are numbered without gaps: 16 bits where they suffice, which numpy sorts by radix.
+    number_of = np.zeros(len(counts), np.uint16 if len(present) <= 1 << 16 else np.uint32)
+    number_of[present] = np.arange(len(present))
+    keys = np.empty(len(inputs), number_of.dtype)
+    for begin in range(0, len(inputs), BLOCK):
+        part = slice(begin, begin + BLOCK)
+        keys[part] = number_of[inputs[part].astype(np.int64) * width + targets[part]]
+    patterns = [
+        RowPattern(rows, number_of[codes].tolist())
+        for rows, codes in two_sided_patterns(counts.reshape(encoder_length + 1, width))
+    ]
+    return place_examples(keys, num_keys=len(present), patterns=patterns, random=np.random.default_rng(seed))
+
+
+def two_sided_patterns(counts: NDArray[np.int64]) -> list[RowPattern]:
+    """Decide which pairs of lengths share a row.
+
+    Args:    counts: [encoder_length + 1, decoder_length + 1], examples of each pair; row 0 and column 0 are 0.
+    Returns: classes of rows; of a pair (inputs, targets) `lengths` holds inputs * (decoder_length + 1) + targets.
+             Every example is in exactly one row.
+    """
+    plane = _Plane(counts)
+    encoder_length, decoder_length = counts.shape[0] - 1, counts.shape[1] - 1
+    patterns = []
+    while plane.left:
+        room_inputs, room_targets = encoder_length, decoder_length
+        chosen: dict[tuple[int, int], int] = {}
+        plane.weigh_sides()
+        while (pair := plane.nearest(room_inputs, room_targets)) is not None:
+            plane.take(pair, 1)
+            chosen[pair] = chosen.get(pair, 0) + 1
+            room_inputs, room_targets = room_inputs - pair[0], room_targets - pair[1]
+        more = min(int(plane.counts[pair]) // copies for pair, copies in chosen.items())
+        if more:
+            for pair, copies in chosen.items():
+                plane.take(pair, more * copies)
+        width = decoder_length + 1
+        codes = [inputs * width + targets for (inputs, targets), copies in chosen.items() for _ in range(copies)]
+        patterns.append(RowPattern(1 + more, codes))
+    return patterns
+
+
+class _Plane:
+    """Examples without a row, by their pair of lengths; finds the pair nearest to the room that a row has left."""
+
+    def __init__(self, counts: NDArray[np.int64]) -> None:
+        self._size = counts.shape[0] - 1, counts.shape[1] - 1
+        down, across = -(-counts.shape[0] // BLOCK_INPUTS), -(-counts.shape[1] // BLOCK_TARGETS)
+        self.counts = np.zeros((down * BLOCK_INPUTS, across * BLOCK_TARGETS), np.int64)
+        self.counts[: counts.shape[0], : counts.shape[1]] = counts
+        blocks = (self.counts > 0).reshape(down, BLOCK_INPUTS, across, BLOCK_TARGETS).sum(axis=(1, 3))
+        self._pairs_in = blocks  # different pairs left in each block
+        self._list_blocks()
+        self.left = int(counts.sum())
+        self._asked = [
+            int(counts.sum(axis=1) @ np.arange(counts.shape[0])),
+            int(counts.sum(axis=0) @ np.arange(counts.shape[1])),
+        ]
+        # Distances from the room left, by how far a length is below it.
+        self._below = [np.arange(BLOCK_INPUTS, dtype=np.float64), np.arange(BLOCK_TARGETS, dtype=np.float64)]
+        self.weigh_sides()
+
+    def _list_blocks(self) -> None:
+        """List the blocks that have a pair left; those emptied later stay in the list until the next time."""
+        found = np.nonzero(self._pairs_in)
+        self._first_inputs, self._first_targets = found[0] * BLOCK_INPUTS, found[1] * BLOCK_TARGETS
+        self._is_left = np.ones(len(found[0]), np.bool_)
+        self._place = {pair: at for at, pair in enumerate(zip(found[0].tolist(), found[1].tolist(), strict=True))}
+        self._emptied = 0
+
+    def weigh_sides(self) -> None:
+        """Weigh each side by what is still asked of it, in rows; squared, per token squared."""
+        inputs, targets = self._asked[0] / self._size[0], self._asked[1] / self._size[1]
+        most = max(inputs, targets, 1e-9)
+        self._weights = inputs / most / self._size[0] ** 2, targets / most / self._size[1] ** 2
+
+    def take(self, pair: tuple[int, int], count: int) -> None:
+        """Take examples of a pair away."""
+        self.counts[pair] -= count
+        self.left -= count
+        self._asked[0] -= pair[0] * count
+        self._asked[1] -= pair[1] * count
+        if self.counts[pair] == 0:
+            block = pair[0] // BLOCK_INPUTS, pair[1] // BLOCK_TARGETS
+            self._pairs_in[block] -= 1
+            if self._pairs_in[block] == 0:
+                self._is_left[self._place[block]] = False
+                self._emptied += 1
+                if self._emptied > len(self._is_left) // 4:
+                    self._list_blocks()
+
+    def nearest(self, room_inputs: int, room_targets: int) -> tuple[int, int] | None:
+        """Return the pair nearest to the room among those that fit it; None if none fits."""
+        if room_inputs < 1 or room_targets < 1:
+            return None
+        weight_inputs, weight_targets = self._weights
+        short_inputs = room_inputs - self._first_inputs
+        short_targets = room_targets - self._first_targets
+        possible = np.flatnonzero((short_inputs >= 0) & (short_targets >= 0) & self._is_left)
+        near_inputs = np.maximum(short_inputs[possible] - (BLOCK_INPUTS - 1), 0)
+        near_targets = np.maximum(short_targets[possible] - (BLOCK_TARGETS - 1), 0)
+        bounds = weight_inputs * near_inputs**2 + weight_targets * near_targets**2
+        best, best_pair = np.inf, None
+        while len(bounds):
+            at = int(bounds.argmin())
+            if bounds[at] >= best:
+                break
+            bounds[at] = np.inf
+            block = int(possible[at])
+            found = self._nearest_in(block, room_inputs, room_targets)
+            if found is not None and found[0] < best:
+                best, best_pair = found
+        return best_pair
+
+    def _nearest_in(self, block: int, room_inputs: int, room_targets: int) -> tuple[float, tuple[int, int]] | None:
+        first_inputs, first_targets = int(self._first_inputs[block]), int(self._first_targets[block])
+        end_inputs = min(first_inputs + BLOCK_INPUTS, room_inputs + 1)
+        end_targets = min(first_targets + BLOCK_TARGETS, room_targets + 1)
+        inputs, targets = self.counts[first_inputs:end_inputs, first_targets:end_targets].nonzero()
+        if not len(inputs):
+            return None
+        below_inputs, below_targets = room_inputs - first_inputs - inputs, room_targets - first_targets - targets
+        distances = self._weights[0] * below_inputs**2 + self._weights[1] * below_targets**2
+        at = int(distances.argmin())
+        return float(distances[at]), (first_inputs + int(inputs[at]), first_targets + int(targets[at]))
+
+
+def fewest_rows(counts: NDArray[np.int64]) -> int:
+    """Return a number of rows below which no packing of these pairs can go.
+
+    On each side alone, for every k up to half its length: lengths above length - k need a row each, those from k on
+    count as they are, shorter ones not at all; k = 0 is the sum of the lengths over the length of a side.
+
+    Args:    counts: [encoder_length + 1, decoder_length + 1], examples of each pair.
+    """
+    return max(_fewest_of_side(counts.sum(axis=1)), _fewest_of_side(counts.sum(axis=0)))
+
+
+def _fewest_of_side(counts: NDArray[np.int64]) -> int:
+    length = len(counts) - 1
+    examples, tokens = np.zeros(length + 2, np.int64), np.zeros(length + 2, np.int64)
+    np.cumsum(counts, out=examples[1:])
+    np.cumsum(counts * np.arange(length + 1), out=tokens[1:])
+    small = np.arange(length // 2 + 1)
+    large = examples[-1] - examples[length - small + 1]
+    between = tokens[length - small + 1] - tokens[small]
+    return int((large - (-between // length)).max())
