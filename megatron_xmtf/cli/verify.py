@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from megatron_xmtf.checkpoint.directory import find_checkpoint
     from megatron_xmtf.config import ParallelConfig, config_from_mapping
-    from megatron_xmtf.conversion.verify import compare_logits, compare_weights
+    from megatron_xmtf.conversion.verify import compare_weights
+    from megatron_xmtf.conversion.verify_logits import compare_logits
     from megatron_xmtf.errors import ConfigError, ExitCode
     from megatron_xmtf.parallel.launch import joined_by_launcher
 

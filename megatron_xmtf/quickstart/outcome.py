@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from megatron_xmtf.conversion.verify import LogitsComparison
+from megatron_xmtf.conversion.verify_logits import LogitsComparison
 from megatron_xmtf.evaluation.results import TaskResult
 from megatron_xmtf.quickstart.cldr import LanguageFacts
 from megatron_xmtf.quickstart.clock import StageClock

@@ -20,7 +20,7 @@ from megatron_xmtf.config.load import config_from_mapping
 from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.conversion.huggingface import import_huggingface
 from megatron_xmtf.conversion.huggingface_export import export_huggingface
-from megatron_xmtf.conversion.verify import LogitsComparison, compare_logits
+from megatron_xmtf.conversion.verify_logits import LogitsComparison, compare_logits
 from megatron_xmtf.data.mixture import open_datasets
 from megatron_xmtf.data.packing import build_packing_index, index_directory
 from megatron_xmtf.data.preprocess import preprocess

@@ -11,7 +11,8 @@ from megatron_xmtf.cli import main
 from megatron_xmtf.config import ParallelConfig
 from megatron_xmtf.conversion.huggingface import import_huggingface
 from megatron_xmtf.conversion.huggingface_export import export_huggingface
-from megatron_xmtf.conversion.verify import compare_logits, compare_weights, narrower
+from megatron_xmtf.conversion.verify import compare_weights, narrower
+from megatron_xmtf.conversion.verify_logits import compare_logits
 from megatron_xmtf.errors import CheckpointError, ExitCode
 from tests.tiny import write_tiny_bloom
 
