@@ -11,7 +11,7 @@ from megatron_xmtf.errors import ConfigError
 if TYPE_CHECKING:
     from megatron_xmtf.config import RunConfig
     from megatron_xmtf.data.example_dataset import ExampleDataset
-    from megatron_xmtf.data.packing_index import PackingIndex
+    from megatron_xmtf.data.packing_index import PackingIndex, PackingStatistics
     from megatron_xmtf.data.tokenizer import Tokenizer
 
 __all__ = ["inspect_packing", "inspect_run", "load_tokenizer"]
@@ -106,13 +106,24 @@ def _with_rows(
 ) -> tuple[dict[str, Any], str]:
     """Add the rows that are to be shown."""
     from megatron_xmtf.config.step_rows import StepRows
+    from megatron_xmtf.data.encoder_decoder_rows import EncoderDecoderRows
+    from megatron_xmtf.data.loader import AnyRows
     from megatron_xmtf.data.rows import PackedRows
     from megatron_xmtf.report.marked_tokens import uses_colour
     from megatron_xmtf.report.shown_rows import show_row, word_row
 
     if arguments.row >= len(index):
         raise ConfigError(f"--row {arguments.row}: the index has {len(index):,} rows, counted from 0.")
-    rows = PackedRows(datasets, index, pad_id=tokenizer.pad_id if tokenizer else 0)
+    pad_id = tokenizer.pad_id if tokenizer else 0
+    rows: AnyRows
+    if isinstance(index.row_lengths, int):
+        rows = PackedRows(datasets, index, pad_id=pad_id)
+    elif tokenizer is None and index.row_lengths.encoder_eos and arguments.show:
+        raise ConfigError("inputs of these rows end with EOS, whose id a tokenizer knows: give --tokenizer DIR.")
+    else:
+        # What a decoder starts with is not shown: the labels are.
+        eos_id = tokenizer.eos_id if tokenizer else 0
+        rows = EncoderDecoderRows(datasets, index, pad_id=pad_id, eos_id=eos_id, decoder_start_id=pad_id)
     shown = [
         show_row(
             rows,
@@ -132,7 +143,16 @@ def _with_rows(
     return {**report, "rows": shown}, "\n\n".join(parts)
 
 
+def _word_sides(statistics: PackingStatistics) -> str:
+    if "encoder_fill_fraction" not in statistics:
+        return ""
+    sides = [f"{side} {100 * statistics[f'{side}_fill_fraction']:.2f} %" for side in ("encoder", "decoder")]  # type: ignore[literal-required]
+    return f" ({', '.join(sides)}; no packing has fewer than {statistics['fewest_rows']:,} rows)"
+
+
 def _describe_packing(path: Path, index: PackingIndex) -> tuple[dict[str, Any], str]:
+    from megatron_xmtf.config.row_lengths import word_lengths
+
     statistics = index.statistics
     report = {
         "type": "packing index",
@@ -144,8 +164,8 @@ def _describe_packing(path: Path, index: PackingIndex) -> tuple[dict[str, Any], 
         "unaltered": True,
     }
     lines = [
-        f"{path}: packing index, {statistics['rows']:,} rows of {index.sequence_length:,} tokens, "
-        f"{100 * statistics['fill_fraction']:.2f} % filled",
+        f"{path}: packing index, {statistics['rows']:,} rows of {word_lengths(index.row_lengths)}, "
+        f"{100 * statistics['fill_fraction']:.2f} % filled{_word_sides(statistics)}",
         f"examples   {statistics['examples']:,} in {statistics['epochs']} epochs; {statistics['dropped']:,} dropped, "
         f"{statistics['truncated']:,} truncated, {statistics['empty']:,} without target ({index.long_examples})",
         *(f"  {entry['name']}  {entry['examples']:,} examples" for entry in statistics["datasets"]),

@@ -10,12 +10,16 @@ row 17: 2 segments, 12 of 17 tokens
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
+from megatron_xmtf.config.row_lengths import EncoderDecoderLengths, RowLengths
 from megatron_xmtf.config.step_rows import StepRows
 from megatron_xmtf.data.batch import LossNormalization, build_batch
+from megatron_xmtf.data.encoder_decoder_rows import EncoderDecoderRow
 from megatron_xmtf.data.example_dataset import ExampleDataset
-from megatron_xmtf.data.rows import PackedRows, Row, pack_examples
+from megatron_xmtf.data.fitting import encoder_ends
+from megatron_xmtf.data.loader import AnyRows, read_micro_batch
+from megatron_xmtf.data.rows import Row, pack_examples
 from megatron_xmtf.data.target_counts import count_target_tokens
 from megatron_xmtf.data.tokenizer import Tokenizer
 from megatron_xmtf.report.marked_tokens import Piece, mark_pieces, split_pieces
@@ -54,11 +58,19 @@ class ShownRow(TypedDict):
     row: int
     tokens: int
     capacity: int
-    """sequence_length + 1."""
+    """sequence_length + 1, or encoder_length + decoder_length."""
     padding: int
     normalization: str | None
     """None where no configuration says: then every weight is 0 or 1."""
     segments: list[ShownSegment]
+    encoder_tokens: NotRequired[int]
+    """Of rows of two sides: tokens on the encoder's, EOS included; the others are the decoder's labels."""
+    encoder_length: NotRequired[int]
+    decoder_length: NotRequired[int]
+
+
+_Half = tuple[list[int], int, list[float]]
+"""Ids of a segment, inputs then targets; how many of them are inputs; the loss weight of each."""
 
 
 def example_loss(inputs: Sequence[int], targets: Sequence[int]) -> list[bool]:
@@ -72,7 +84,7 @@ def example_loss(inputs: Sequence[int], targets: Sequence[int]) -> list[bool]:
 
 
 def show_row(
-    rows: PackedRows,
+    rows: AnyRows,
     number: int,
     *,
     tokenizer: Tokenizer | None,
@@ -88,34 +100,68 @@ def show_row(
     Raises:  IndexError: there is no such row. DatasetError: as `PackedRows`.
     """
     first = number // micro_batch_size * micro_batch_size
-    together = [rows[place] for place in range(first, min(first + micro_batch_size, len(rows)))]
+    together = range(first, min(first + micro_batch_size, len(rows)))
     counts = None
     if normalization == "dataset":
         step = step_rows.step_of(number)
         begin = step_rows.before(step)
         counts = count_target_tokens(rows, begin, count=min(step_rows.of(step), len(rows) - begin))
-    batch = build_batch(together, normalization=normalization or "target_token", dataset_target_tokens=counts)
-    row = together[number - first]
-    weights = [0.0, *batch.loss_weights[number - first].tolist()]
-    segments = [_show_segment(rows, row, place, weights, tokenizer=tokenizer) for place in range(len(row.example_ids))]
-    used = int((row.segment_ids > 0).sum())
-    return {
+    batch = read_micro_batch(rows, together, normalization=normalization or "target_token", counts=counts)
+    row, weights = batch.rows[number - first], batch.loss_weights[number - first].tolist()
+    if isinstance(row, EncoderDecoderRow):
+        halves = _halves_of_sides(row, weights)
+    else:
+        halves = _halves_of_line(row, [0.0, *weights])
+    segments = [
+        _show_segment(rows, row, place, half, cut_at=rows.index.row_lengths, tokenizer=tokenizer)
+        for place, half in enumerate(halves)
+    ]
+    used = sum(len(segment["ids"]) for segment in segments)
+    shown: ShownRow = {
         "row": number,
         "tokens": used,
-        "capacity": len(row.tokens),
-        "padding": len(row.tokens) - used,
+        "capacity": rows.index.capacity,
+        "padding": rows.index.capacity - used,
         "normalization": normalization,
         "segments": segments,
     }
+    if isinstance(row, EncoderDecoderRow):
+        shown["encoder_tokens"] = sum(segment["num_inputs"] for segment in segments)
+        shown["encoder_length"], shown["decoder_length"] = len(row.encoder_tokens), len(row.targets)
+    return shown
+
+
+def _halves_of_line(row: Row, weights: Sequence[float]) -> list[_Half]:
+    """Return (ids, number of inputs, loss weights) of each segment of one line."""
+    halves = []
+    for segment in range(1, len(row.example_ids) + 1):
+        inside = row.segment_ids == segment
+        own = [weight for weight, is_own in zip(weights, inside.tolist(), strict=True) if is_own]
+        halves.append((row.tokens[inside].tolist(), int((inside & ~row.is_target).sum()), own))
+    return halves
+
+
+def _halves_of_sides(row: EncoderDecoderRow, weights: Sequence[float]) -> list[_Half]:
+    """Return the same of two sides: the encoder's tokens, then the decoder's labels."""
+    halves = []
+    for segment in range(1, len(row.example_ids) + 1):
+        inputs = row.encoder_tokens[row.encoder_segment_ids == segment].tolist()
+        inside = row.decoder_segment_ids == segment
+        own = [weight for weight, is_own in zip(weights, inside.tolist(), strict=True) if is_own]
+        halves.append((inputs + row.targets[inside].tolist(), len(inputs), [0.0] * len(inputs) + own))
+    return halves
 
 
 def _show_segment(
-    rows: PackedRows, row: Row, place: int, weights: Sequence[float], *, tokenizer: Tokenizer | None
+    rows: AnyRows,
+    row: Row | EncoderDecoderRow,
+    place: int,
+    half: _Half,
+    *,
+    cut_at: RowLengths,
+    tokenizer: Tokenizer | None,
 ) -> ShownSegment:
-    inside = row.segment_ids == place + 1
-    ids = row.tokens[inside].tolist()
-    num_inputs = int((inside & ~row.is_target).sum())
-    own_weights = [weight for weight, is_own in zip(weights, inside.tolist(), strict=True) if is_own]
+    ids, num_inputs, own_weights = half
     dataset, example = rows.datasets[int(row.dataset_ids[place])], int(row.example_ids[place])
     pieces = _pieces(ids, [weight > 0 for weight in own_weights], num_inputs, tokenizer)
     return {
@@ -125,7 +171,9 @@ def _show_segment(
         "columns": example_columns(dataset, example),
         "ids": ids,
         "num_inputs": num_inputs,
-        "cut_inputs": int(dataset.input_lengths[example]) - num_inputs,
+        "cut_inputs": int(dataset.input_lengths[example])
+        + (encoder_ends(dataset, cut_at) if isinstance(cut_at, EncoderDecoderLengths) else 0)
+        - num_inputs,
         "loss_weights": own_weights,
         "text": None if pieces is None else [piece.text for piece in pieces],
     }
@@ -172,6 +220,13 @@ def word_row(shown: ShownRow, *, tokenizer: Tokenizer | None, colour: bool, show
         f"row {shown['row']:,}: {len(shown['segments']):,} segments, {shown['tokens']:,} of {shown['capacity']:,} "
         f"tokens ({100 * shown['tokens'] / shown['capacity']:.1f} %), {predicted:,} of them with loss"
     ]
+    if "encoder_tokens" in shown:
+        inputs, targets = shown["encoder_tokens"], shown["tokens"] - shown["encoder_tokens"]
+        lines.append(
+            f"       encoder {inputs:,} of {shown['encoder_length']:,} tokens "
+            f"({100 * inputs / shown['encoder_length']:.1f} %), decoder {targets:,} of {shown['decoder_length']:,} "
+            f"({100 * targets / shown['decoder_length']:.1f} %)"
+        )
     for segment in shown["segments"]:
         about = [segment["entry"], *(f"{value}" for value in dict.fromkeys(segment["columns"].values()))]
         targets = len(segment["ids"]) - segment["num_inputs"]

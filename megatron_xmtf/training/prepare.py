@@ -18,8 +18,9 @@ from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.conversion.embedding_copies import directory_architecture
 from megatron_xmtf.conversion.huggingface import import_huggingface, match_model
 from megatron_xmtf.conversion.huggingface_model import HuggingFaceModel, has_weights
+from megatron_xmtf.data.encoder_decoder_rows import EncoderDecoderRows
 from megatron_xmtf.data.example_dataset import ExampleDataset
-from megatron_xmtf.data.loader import require_even_deal
+from megatron_xmtf.data.loader import AnyRows, require_even_deal
 from megatron_xmtf.data.mixture import open_datasets
 from megatron_xmtf.data.packing import (
     build_packing_index,
@@ -34,7 +35,7 @@ from megatron_xmtf.data.tokenizer import Tokenizer
 from megatron_xmtf.errors import CheckpointError, ConfigError, CorruptCheckpointError, MissingError
 from megatron_xmtf.evaluation.guarding import drop_flagged
 from megatron_xmtf.files import require_directory, sha256_json
-from megatron_xmtf.models.architecture import Architecture, architecture_from_mapping
+from megatron_xmtf.models.architecture import Architecture, EncoderDecoderArchitecture, architecture_from_mapping
 from megatron_xmtf.parallel.topology import check_world_size
 from megatron_xmtf.training.resume import check_same_run
 from megatron_xmtf.training.trackers import check_trackers
@@ -99,6 +100,7 @@ def prepare_run(
     else:
         architecture = directory_architecture(config.model)
     architecture.check_split(config.parallel)
+    _check_row_lengths(config, architecture)
     tokenizer = Tokenizer.load(start.checkpoint / "hf" if is_checkpoint else config.model)
     if tokenizer.vocab_size > architecture.vocab_size:
         raise CheckpointError(
@@ -136,16 +138,48 @@ def _verify_side_files(checkpoint: Path) -> None:
     verify_hashes(checkpoint, manifest, names=[name for name in manifest.files if name.startswith("hf/")])
 
 
-def open_training_rows(prepared: PreparedRun) -> PackedRows:
+def _check_row_lengths(config: RunConfig, architecture: Architecture) -> None:
+    """Check that rows have one line for a decoder and two sides for an encoder-decoder."""
+    two_sided = config.batch.encoder_length is not None
+    if two_sided == isinstance(architecture, EncoderDecoderArchitecture):
+        return
+    if two_sided:
+        raise ConfigError(
+            f"batch.encoder_length={config.batch.encoder_length} is of an encoder-decoder, and {config.model} has no "
+            "encoder; give batch.sequence_length instead of batch.encoder_length and batch.decoder_length."
+        )
+    raise ConfigError(
+        f"{config.model} is an encoder-decoder, whose rows have two sides; give batch.encoder_length and "
+        "batch.decoder_length (1024 and 256, say) instead of batch.sequence_length."
+    )
+
+
+def _rows(
+    prepared: PreparedRun, datasets: Sequence[ExampleDataset], index: PackingIndex, *, tokenizer: Tokenizer
+) -> AnyRows:
+    """Open rows of one line or of two sides, as the model reads them."""
+    architecture = prepared.architecture
+    if isinstance(architecture, EncoderDecoderArchitecture):
+        return EncoderDecoderRows(
+            datasets,
+            index,
+            pad_id=architecture.pad_token_id,
+            eos_id=tokenizer.eos_id,
+            decoder_start_id=architecture.decoder_start_token_id,
+        )
+    return PackedRows(datasets, index, pad_id=tokenizer.pad_id)
+
+
+def open_training_rows(prepared: PreparedRun) -> AnyRows:
     """Open the training rows; `prepare_run` has built and verified their index, here it is mapped alone."""
     tokenizer, config = Tokenizer.load(prepared.hf_files), prepared.config
     datasets = open_datasets(config.data.training_datasets, batch=config.batch, tokenizer=tokenizer)
     path = index_path(index_directory(prepared.config), prepared.packing_key)
     index = PackingIndex.load(path, key=prepared.packing_key, verify=False)
-    return PackedRows(datasets, index, pad_id=tokenizer.pad_id)
+    return _rows(prepared, datasets, index, tokenizer=tokenizer)
 
 
-def open_validation_rows(prepared: PreparedRun) -> dict[str, tuple[ExampleDataset, PackedRows]]:
+def open_validation_rows(prepared: PreparedRun) -> dict[str, tuple[ExampleDataset, AnyRows]]:
     """Open the first `evaluation.rows` rows of each validation dataset, by name."""
     config = prepared.config
     tokenizer = Tokenizer.load(prepared.hf_files)
@@ -161,7 +195,7 @@ def open_validation_rows(prepared: PreparedRun) -> dict[str, tuple[ExampleDatase
             long_examples=config.data.long_examples,
             rows=config.evaluation.rows,
         )
-        opened[dataset.name] = (dataset, PackedRows([dataset], index, pad_id=tokenizer.pad_id))
+        opened[dataset.name] = (dataset, _rows(prepared, [dataset], index, tokenizer=tokenizer))
     return opened
 
 
