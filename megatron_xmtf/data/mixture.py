@@ -25,7 +25,7 @@ from megatron_xmtf.config.mixture import Unit
 from megatron_xmtf.config.schema import BatchConfig, DatasetConfig
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.fitting import FittingExamples, LeftOut
-from megatron_xmtf.data.objectives import ObjectiveDataset, RowRoom
+from megatron_xmtf.data.objectives import ObjectiveDataset
 from megatron_xmtf.data.rounds import Rounds
 from megatron_xmtf.data.shares import Floor, ShareNode, pass_quotas, share_counts, wanted_shares
 from megatron_xmtf.data.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ def open_datasets(
         dataset = ExampleDataset.open(entry.prefix, name=entry.name, tokenizer=tokenizer, vocab_size=vocab_size)
         if entry.objective is not None:
             assert batch is not None and tokenizer is not None, "an objective needs the rows and the vocabulary"
-            dataset = ObjectiveDataset(dataset, entry.objective, tokenizer=tokenizer, room=RowRoom.of(batch))
+            dataset = ObjectiveDataset(dataset, entry.objective, tokenizer=tokenizer, lengths=batch.row_lengths)
         datasets.append(dataset)
     for name, count in Counter(dataset.name for dataset in datasets).items():
         if count > 1:

@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xmtf.config.objective import ObjectiveConfig
+from megatron_xmtf.config.row_lengths import RowLengths
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.indexed_dataset import IndexedDataset
 from megatron_xmtf.data.objectives.chunks import Chunks
 from megatron_xmtf.data.objectives.counter_random import chunk_key, chunk_keys, key_of, occurrence_key
-from megatron_xmtf.data.objectives.resolve import RowRoom, build_rule, choose_chunk_length
+from megatron_xmtf.data.objectives.resolve import build_rule, choose_chunk_length
 from megatron_xmtf.data.objectives.rule import Example
 from megatron_xmtf.data.tokenizer import Tokenizer
 from megatron_xmtf.errors import DatasetError
@@ -54,13 +55,13 @@ class ObjectiveCounts(TypedDict):
 class ObjectiveDataset(ExampleDataset):
     """Examples that an objective makes of the documents of a text dataset.
 
-    Args:    source: of kind "text". room: what a row of the run holds.
+    Args:    source: of kind "text". lengths: of the run's rows.
     Raises:  DatasetError: another kind, or documents of which only some end with EOS. TokenizerError, ConfigError: as
              `build_rule` and `choose_chunk_length`.
     """
 
     def __init__(
-        self, source: ExampleDataset, objective: ObjectiveConfig, *, tokenizer: Tokenizer, room: RowRoom
+        self, source: ExampleDataset, objective: ObjectiveConfig, *, tokenizer: Tokenizer, lengths: RowLengths
     ) -> None:
         if source.kind != "text":
             raise DatasetError(
@@ -74,7 +75,7 @@ class ObjectiveDataset(ExampleDataset):
         (self._file,) = source.halves.values()
         has_eos = _ends_with_eos(source, self._file, eos_id=tokenizer.eos_id)
         self.chunks = Chunks(
-            self._file.lengths - np.int32(has_eos), chunk_length=choose_chunk_length(objective, self.rule, room)
+            self._file.lengths - np.int32(has_eos), chunk_length=choose_chunk_length(objective, self.rule, lengths)
         )
         self._key = key_of(objective.seed, objective.name, source.name)
 

@@ -9,12 +9,10 @@ Source:  the numbers of the example are T5's own (t5.data.preprocessors `random_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from megatron_xmtf.config.objective import ObjectiveConfig
-from megatron_xmtf.config.parallel import BatchConfig
+from megatron_xmtf.config.row_lengths import EncoderDecoderLengths, RowLengths, row_capacity, word_lengths
 from megatron_xmtf.data.objectives.alexatm_denoising import AlexaTMDenoising
 from megatron_xmtf.data.objectives.document_split import DocumentSplit
 from megatron_xmtf.data.objectives.rule import ObjectiveRule
@@ -22,7 +20,7 @@ from megatron_xmtf.data.objectives.span_corruption import SpanCorruption
 from megatron_xmtf.data.tokenizer import Tokenizer
 from megatron_xmtf.errors import ConfigError, TokenizerError, nearest_names
 
-__all__ = ["RowRoom", "build_rule", "choose_chunk_length"]
+__all__ = ["build_rule", "choose_chunk_length"]
 
 WORD_START = "▁"
 """Sentencepiece's mark of a word's beginning, which some vocabularies have before a sentinel."""
@@ -30,26 +28,6 @@ WORD_START = "▁"
 
 SHORTEST_CHUNK = 3
 """Below, a chunk could not give a rest of one token another."""
-
-
-@dataclass(frozen=True)
-class RowRoom:
-    """Tokens of an example that a row can hold."""
-
-    inputs: int
-    targets: int
-    together: int
-
-    @staticmethod
-    def of(batch: BatchConfig) -> RowRoom:
-        """Return the room of a run's rows: both sides of an encoder-decoder's, or one line of sequence_length + 1."""
-        whole = batch.sequence_length + 1
-        return RowRoom(inputs=whole, targets=whole, together=whole)
-
-    def __str__(self) -> str:
-        if self.together == self.inputs == self.targets:
-            return f"{self.together} tokens (sequence_length + 1)"
-        return f"{self.inputs} tokens of inputs (encoder_length) and {self.targets} of targets (decoder_length)"
 
 
 def build_rule(objective: ObjectiveConfig, tokenizer: Tokenizer) -> ObjectiveRule:
@@ -106,20 +84,25 @@ def _sentinels(objective: ObjectiveConfig, tokenizer: Tokenizer) -> tuple[int, .
     )
 
 
-def choose_chunk_length(objective: ObjectiveConfig, rule: ObjectiveRule, room: RowRoom) -> int:
+def choose_chunk_length(objective: ObjectiveConfig, rule: ObjectiveRule, lengths: RowLengths) -> int:
     """Return how long chunks may be: what the objective says if it fits, or else as long as always fits.
 
+    Args:    lengths: of the run's rows.
     Raises:  ConfigError: chunks of the length asked for do not always fit, or not even three tokens do.
     """
-    lengths = np.arange(2, 2 * max(room.inputs, room.targets) + 3)
-    inputs, targets, together = rule.most(lengths)
-    fits = (inputs <= room.inputs) & (targets <= room.targets) & (together <= room.together)
-    enough = str(room)
+    capacity = row_capacity(lengths)
+    chunks = np.arange(2, 2 * capacity + 3)
+    inputs, targets, together = rule.most(chunks)
+    fits = together <= capacity
+    if isinstance(lengths, EncoderDecoderLengths):
+        inputs = inputs + (lengths.encoder_eos and not rule.ends_inputs)
+        fits &= (inputs <= lengths.encoder_length) & (targets <= lengths.decoder_length)
+    enough = word_lengths(lengths)
     if isinstance(rule, SpanCorruption):
-        fits &= rule.spans(lengths) <= len(rule.sentinels)
+        fits &= rule.spans(chunks) <= len(rule.sentinels)
         enough += f", the vocabulary {len(rule.sentinels)} sentinels"
     # Short documents and rests are shorter chunks, so all shorter ones must fit as well.
-    longest = int(lengths[-1]) if fits.all() else int(lengths[np.argmin(fits)]) - 1
+    longest = int(chunks[np.argmin(fits)]) - 1
     if longest < SHORTEST_CHUNK:
         raise ConfigError(
             f"objective {objective.name}: rows hold {enough}, too little for a document of {SHORTEST_CHUNK} tokens. "
