@@ -27,7 +27,9 @@ PARALLEL: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2-overlap-gradients": (2, OVERLAP_GRADIENTS),
     "DP2-distributed-optimizer-overlap-gradients": (2, {**ZERO1, **OVERLAP_GRADIENTS}),
     "PP2-DP2": (4, {PP: 2}),
+    "PP2-DP2-distributed-optimizer": (4, {PP: 2, **ZERO1}),
     "PP2-DP2-overlap": (4, {PP: 2, **OVERLAP}),
+    "TP2-DP2-overlap": (4, {TP: 2, **OVERLAP}),
     "PP2-VPP2-DP2-overlap": (4, {PP: 2, VPP: 2, **OVERLAP}),
     "PP2-uneven-3-1": (2, {PP: 2, "num_layers_in_first_pipeline_stage": 3}),
 }
