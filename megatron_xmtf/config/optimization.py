@@ -39,6 +39,10 @@ class OptimizerConfig(Section):
     """Least root mean square of a parameter that the rate is relative to. 1e-3: T5X `epsilon2`."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 turns clipping off. 1.0: BLOOMZ; with adafactor 0: T5X."""
+    offload: Literal["none", "cpu"] = "none"
+    """cpu: AdamW's moments live in the CPU's memory and are updated there: 8 bytes a number off the GPU, for 12
+    bytes a number over its bus every step. The same updates; where there is no GPU they live there anyway. Not with
+    adafactor, whose state is small."""
 
     @model_validator(mode="before")
     @classmethod
@@ -46,6 +50,15 @@ class OptimizerConfig(Section):
         if isinstance(values, dict) and values.get("name") == "adafactor":
             return {"lr": 1e-3, "weight_decay": 0.0, "clip_grad": 0.0, **values}
         return values
+
+    @model_validator(mode="after")
+    def _only_adamw_is_offloaded(self) -> OptimizerConfig:
+        if self.name == "adafactor" and self.offload != "none":
+            raise ValueError(
+                f"offload={self.offload} cannot be combined with name: adafactor: its state is a row and a column of "
+                "each matrix; leave offload out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_keys_of_the_other(self) -> OptimizerConfig:

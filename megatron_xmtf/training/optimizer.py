@@ -1,13 +1,8 @@
-"""AdamW and Adafactor in Megatron-Core's optimizers, and two cures for silent faults of resuming with them.
-
-Megatron-Core's distributed optimizer expects what NVIDIA's FusedAdam has: the step count in the parameter group.
-torch's AdamW keeps one step tensor a parameter; loaded from a checkpoint all parameters share one, it is counted up
-once per parameter, and training goes wrong without an error. `GroupStepAdam` has the step where it belongs.
-"""
+"""AdamW and Adafactor in Megatron-Core's optimizers, and a cure for a silent fault of resuming with them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import wraps
 from typing import Any
 
@@ -17,74 +12,15 @@ from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer import distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
-from torch import Tensor
-from torch.optim.adamw import adamw
 
 from megatron_xmtf.config.schema import OptimizerConfig, RunConfig
+from megatron_xmtf.kernels.adam import choose_adam, import_fused_adam
 from megatron_xmtf.models.registry import DTYPES
 from megatron_xmtf.training.factored_state import wrap_adafactor
+from megatron_xmtf.training.group_step_adam import GroupStepAdam
+from megatron_xmtf.training.offloaded_adam import OffloadedAdam
 
 __all__ = ["GroupStepAdam", "apply_settings", "build_optimizer", "set_learning_rate"]
-
-
-class GroupStepAdam(torch.optim.Optimizer):
-    """AdamW whose step count is an int in each parameter group; state holds exp_avg and exp_avg_sq alone.
-
-    Computes what torch.optim.AdamW computes, through the same fused kernel.
-
-    Args:  lr, betas, eps, weight_decay: as torch.optim.AdamW. adam_w_mode: must be True; Megatron-Core passes it.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adam_w_mode: bool = True,
-    ) -> None:
-        assert adam_w_mode, "only decoupled weight decay is offered"
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        assert closure is None, "Megatron-Core passes no closure"
-        for group in self.param_groups:
-            group["step"] += 1
-            params = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not params:
-                continue
-            for parameter in params:
-                if not self.state[parameter]:
-                    self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
-                    self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
-            # The kernel counts each of its step tensors up by one: a fresh one for every parameter.
-            steps = [torch.tensor(float(group["step"] - 1), device=parameter.device) for parameter in params]
-            beta1, beta2 = group["betas"]
-            adamw(
-                params,
-                [_gradient(parameter) for parameter in params],
-                [self.state[parameter]["exp_avg"] for parameter in params],
-                [self.state[parameter]["exp_avg_sq"] for parameter in params],
-                [],
-                steps,
-                foreach=False,
-                fused=True,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None, "only parameters with a gradient are updated"
-    return parameter.grad
 
 
 INITIAL_LOSS_SCALE = 2.0**12
@@ -95,15 +31,16 @@ Megatron-Core's 2^32 a run's first steps, about twenty, all overflow and train n
 def build_optimizer(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> MegatronOptimizer:
     """Build Megatron-Core's optimizer over DDP-wrapped chunks whose weights are loaded.
 
-    Norms and biases are not decayed. NVIDIA's fused Adam is used where Transformer Engine or apex brings it.
+    Norms and biases are not decayed.
+
+    Raises:  ConfigError: `kernels.adam` names a library that cannot be used here.
     """
     settings = config.optimizer
     mcore_config = _mcore_config(config)
     if settings.name == "adafactor":
         optimizer: MegatronOptimizer = wrap_adafactor(chunks, mcore_config)
     else:
-        if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
-            _install_group_step_adam()
+        _install(config)
         optimizer = get_megatron_optimizer(mcore_config, list(chunks))
     apply_settings(optimizer, settings)
     for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
@@ -157,13 +94,30 @@ def _mcore_config(config: RunConfig) -> McoreOptimizerConfig:
     )
 
 
+def _install(config: RunConfig) -> None:
+    """Make Megatron-Core build the Adam of this run, whatever it found at its import or was given before."""
+    if config.optimizer.offload == "cpu":
+        _install_adam(OffloadedAdam)
+        return
+    library = choose_adam(config.kernels.adam, has_cuda=torch.cuda.is_available())
+    if library == "torch":
+        _install_group_step_adam()
+    else:
+        _install_adam(import_fused_adam(library), is_transformer_engine=library == "transformer_engine")
+
+
 def _install_group_step_adam() -> None:
-    """Make Megatron-Core build `GroupStepAdam` and treat it as it treats NVIDIA's FusedAdam."""
-    mcore_optimizer.Adam = GroupStepAdam
+    _install_adam(GroupStepAdam)
+
+
+def _install_adam(adam: Any, *, is_transformer_engine: bool = False) -> None:
+    """Make Megatron-Core build `adam` and treat it as NVIDIA's FusedAdam, whose step is in the parameter group."""
+    mcore_optimizer.Adam = adam
     mcore_optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.Adam = GroupStepAdam
+    distrib_optimizer.Adam = adam
     distrib_optimizer.HAVE_APEX_OR_TE = True
-    distrib_optimizer.USING_APEX_OPTIMIZER = True
+    distrib_optimizer.USING_TE_OPTIMIZER = is_transformer_engine
+    distrib_optimizer.USING_APEX_OPTIMIZER = not is_transformer_engine
 
 
 def _count_bucket_padding(optimizer: DistributedOptimizer) -> None:

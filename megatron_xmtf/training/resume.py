@@ -21,6 +21,7 @@ FREE_KEYS = (
     "kernels",
     "recompute",
     "batch.micro_batch_size",
+    "optimizer.offload",
     "data.build_index",
     "data.guards.directory",
     "data.guards.workers",
