@@ -19,7 +19,8 @@ from typing import Any
 
 from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.errors import CheckpointError
-from megatron_xmtf.models.architecture import BloomArchitecture
+from megatron_xmtf.models.architecture import Architecture, BloomArchitecture
+from megatron_xmtf.models.stages import stage_layers
 from megatron_xmtf.parallel.launch import run_ranks
 from megatron_xmtf.parallel.topology import check_world_size
 from megatron_xmtf.training.prepare import prepare_run
@@ -120,7 +121,7 @@ def dry_run(config: RunConfig, *, world_size: int, allowed_changes: Sequence[str
     )
 
 
-def size_stages(architecture: BloomArchitecture, config: RunConfig, *, world_size: int) -> tuple[list[StageSize], int]:
+def size_stages(architecture: Architecture, config: RunConfig, *, world_size: int) -> tuple[list[StageSize], int]:
     """Build one rank of each distinct pipeline stage on meta tensors, and count.
 
     Returns: sizes of neighbouring stages that are alike, and the parameters of the whole model, counted from them.
@@ -132,13 +133,13 @@ def size_stages(architecture: BloomArchitecture, config: RunConfig, *, world_siz
     )
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     copies = check_world_size(config.parallel, world_size)
-    layers = architecture.chunk_layers(config.parallel)
+    layers = _layers_of_stages(architecture, config)
     stages, found = [], 0
     for (first, last), parameters in zip(alike, shapes, strict=True):
         stages.append(
             StageSize(
                 stages=[first, last],
-                layers=sum(layers[first]),
+                layers=sum(map(sum, layers[first])),
                 embedding=first == 0,
                 head=last == pp - 1,
                 parameters=sum(count for count, _, _ in parameters),
@@ -148,9 +149,7 @@ def size_stages(architecture: BloomArchitecture, config: RunConfig, *, world_siz
             )
         )
         found += (last - first + 1) * sum(count * (tp if split else 1) for count, split, _ in parameters)
-    padded = architecture.padded_vocab_size * architecture.hidden_size
-    # The last of several stages holds a copy of the embedding for its head.
-    found -= padded * (pp > 1) + padded - architecture.vocab_size * architecture.hidden_size
+    found -= _copied_and_padded(architecture, config)
     if found != architecture.parameter_count:
         raise CheckpointError(
             f"the ranks' parameters add up to {found:,}, the model has {architecture.parameter_count:,}: the pipeline "
@@ -159,12 +158,12 @@ def size_stages(architecture: BloomArchitecture, config: RunConfig, *, world_siz
     return stages, found
 
 
-def _distinct_stages(architecture: BloomArchitecture, config: RunConfig) -> list[tuple[int, int]]:
+def _distinct_stages(architecture: Architecture, config: RunConfig) -> list[tuple[int, int]]:
     """Return ranges (first, last) of neighbouring pipeline stages that hold the same.
 
     [[0], [1], [1], [1], [0]]  ->  (0, 0) embedding, (1, 3), (4, 4) head
     """
-    layers = architecture.chunk_layers(config.parallel)
+    layers = _layers_of_stages(architecture, config)
     final = len(layers) - 1
     ranges: list[tuple[int, int]] = []
     for stage, chunks in enumerate(layers):
@@ -176,12 +175,48 @@ def _distinct_stages(architecture: BloomArchitecture, config: RunConfig) -> list
     return ranges
 
 
+def _layers_of_stages(architecture: Architecture, config: RunConfig) -> list[list[tuple[int, ...]]]:
+    """Return what the chunks of each stage hold: the number of layers of each kind.
+
+    a BLOOM of 4 layers, 2 stages       [[(2,)], [(2,)]]
+    an mT5 of 4 + 3 layers, 2 stages    [[(3, 0, 0)], [(0, 1, 3)]]     encoder, its last with the norm, decoder
+    """
+    if isinstance(architecture, BloomArchitecture):
+        return [[(count,) for count in chunks] for chunks in architecture.chunk_layers(config.parallel)]
+    last = architecture.num_encoder_layers - 1
+    lengths = {"encoder_length": config.batch.encoder_length, "decoder_length": config.batch.decoder_length}
+    return [
+        [
+            (sum(number < last for number in chunk), int(last in chunk), sum(number > last for number in chunk))
+            for chunk in chunks
+        ]
+        for chunks in stage_layers(architecture, config.parallel, **lengths)
+    ]
+
+
+def _copied_and_padded(architecture: Architecture, config: RunConfig) -> int:
+    """Return the numbers that ranks hold beyond the model's own: copies over stages, and padding of vocabularies."""
+    stages = config.parallel.pipeline_model_parallel_size
+    padded = architecture.padded_vocab_size * architecture.hidden_size
+    padding = padded - architecture.vocab_size * architecture.hidden_size
+    if isinstance(architecture, BloomArchitecture):
+        # The last of several stages holds a copy of the embedding for its head.
+        return padded * (stages > 1) + padding
+    tables = (1 if architecture.tied_embeddings else 2) + (0 if architecture.tied_head else 1)
+    copies = padded if architecture.tied_head and stages > 1 else 0
+    if architecture.positions == "relative":
+        # Every chunk holds the tables of relative positions of both sides.
+        chunks = stages * (config.parallel.virtual_pipeline_model_parallel_size or 1)
+        copies += (chunks - 1) * 2 * architecture.relative_attention_num_buckets * architecture.num_attention_heads
+    return copies + tables * padding
+
+
 Parameter = tuple[int, bool, tuple[int, ...]]
 """Numbers held by this rank, whether each tensor-parallel rank holds another part, and the shape."""
 
 
 def _parameters_of_stages(
-    architecture: BloomArchitecture, config: RunConfig, world_size: int, stages: Sequence[int]
+    architecture: Architecture, config: RunConfig, world_size: int, stages: Sequence[int]
 ) -> list[list[Parameter]]:
     """Be one rank of each of some stages, in a process of its own whose GPUs are hidden, and list its parameters."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -205,7 +240,7 @@ def _parameters_of_stages(
     return found
 
 
-def _meta_parameters(architecture: BloomArchitecture, config: RunConfig) -> list[Parameter]:
+def _meta_parameters(architecture: Architecture, config: RunConfig) -> list[Parameter]:
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -227,6 +262,8 @@ def _meta_parameters(architecture: BloomArchitecture, config: RunConfig) -> list
             precision=config.precision,
             recompute=config.recompute,
             kernels=config.kernels,
+            encoder_length=config.batch.encoder_length,
+            decoder_length=config.batch.decoder_length,
         )
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     assert all(parameter.is_meta for parameter in parameters), "a weight took memory"

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer import _get_param_groups
@@ -31,6 +31,7 @@ from megatron.core.optimizer.optimizer import (
     FP32Optimizer,
     MegatronOptimizer,
 )
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
@@ -66,7 +67,12 @@ def parameter_shards(chunks: Sequence[torch.nn.Module]) -> dict[Tensor, Paramete
         model = unwrap_model(chunk)
         vocab_size = model.architecture.vocab_size
         for value in model.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values():
-            if not isinstance(value, ShardedTensor) or not isinstance(value.data, torch.nn.Parameter):
+            if not isinstance(value.data, torch.nn.Parameter):
+                continue
+            if isinstance(value, ShardedTensorFactory):
+                shards[getattr(value.data, "main_param", value.data)] = _gated_shard(value)
+                continue
+            if not isinstance(value, ShardedTensor):
                 continue
             assert value.prepend_axis_num == 0 and value.axis_fragmentations is not None, value
             cut = [axis for axis, parts in enumerate(value.axis_fragmentations) if parts > 1]
@@ -80,6 +86,15 @@ def parameter_shards(chunks: Sequence[torch.nn.Module]) -> dict[Tensor, Paramete
                 own_rows=own_rows,
             )
     return shards
+
+
+def _gated_shard(factory: ShardedTensorFactory) -> ParameterShard:
+    """Return the part of a gated layer's weight: rows of both halves, [gate; value], each cut over ranks by itself."""
+    gate, _ = factory.build()
+    ranks = gate.axis_fragmentations[0] // 2
+    return ParameterShard(
+        split_axis=0 if ranks > 1 else None, shape=tuple(gate.global_shape), own_rows=factory.data.size(0)
+    )
 
 
 class _FactoredState:
@@ -129,7 +144,30 @@ class _Float16Adafactor(_FactoredState, Float16OptimizerWithFloat16Params):
     """Half-precision parameters beside fp32 copies that are updated."""
 
 
-def _sharded_statistic(parameter: ShardedTensor, name: str, statistic: Tensor) -> ShardedTensor:
+def _sharded_statistic(
+    parameter: ShardedTensor | ShardedTensorFactory, name: str, statistic: Tensor
+) -> ShardedTensor | ShardedTensorFactory:
+    """Say where a statistic belongs in the whole one; that of a gated layer's rows has two halves, as the layer has."""
+    if isinstance(parameter, ShardedTensor):
+        return _plain_statistic(parameter, name, statistic)
+    gate, _ = parameter.build()
+    ranks = gate.axis_fragmentations[0] // 2
+    rows, *columns = gate.global_shape
+    joined = ShardedTensor(
+        key=parameter.key,
+        data=parameter.data,
+        dtype=parameter.data.dtype,
+        local_shape=tuple(parameter.data.shape),
+        global_shape=(rows, *columns),
+        global_offset=(gate.global_offset[0] * 2, *gate.global_offset[1:]),
+        axis_fragmentations=(ranks, *gate.axis_fragmentations[1:]),
+        replica_id=gate.replica_id,
+    )
+    whole = _plain_statistic(joined, name, statistic)
+    return whole if DROPPED_AXIS[name] == 0 else apply_swiglu_sharded_factory(whole, ())
+
+
+def _plain_statistic(parameter: ShardedTensor, name: str, statistic: Tensor) -> ShardedTensor:
     """Say where a statistic belongs in the whole one.
 
     weight        [3h, h], offset [3h/2, 0], cut in [2, 1], replica (0, 0, dp)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.utils import unwrap_model
@@ -58,16 +58,23 @@ def load_main_parameters(
     return written
 
 
-def _weights(chunk: torch.nn.Module) -> dict[str, ShardedTensor]:
+def _weights(chunk: torch.nn.Module) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    """Return this rank's weights; a factory is a gated layer, whose two halves are split each by itself."""
     state = unwrap_model(chunk).sharded_state_dict(metadata={"non_homogeneous_layers": True})
-    return {name: value for name, value in state.items() if isinstance(value, ShardedTensor)}
+    return {name: value for name, value in state.items() if isinstance(value, ShardedTensor | ShardedTensorFactory)}
 
 
-def _on_cpu_in_fp32(weights: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
-    return {
-        name: replace(weight, data=torch.empty(weight.local_shape, dtype=torch.float32), dtype=torch.float32)
-        for name, weight in weights.items()
-    }
+def _on_cpu_in_fp32(
+    weights: dict[str, ShardedTensor | ShardedTensorFactory],
+) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    found: dict[str, ShardedTensor | ShardedTensorFactory] = {}
+    for name, weight in weights.items():
+        data = torch.empty(weight.data.shape, dtype=torch.float32)
+        if isinstance(weight, ShardedTensor):
+            found[name] = replace(weight, data=data, dtype=torch.float32)
+        else:
+            found[name] = replace(weight, data=data)
+    return found
 
 
 @torch.no_grad()

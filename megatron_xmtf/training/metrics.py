@@ -2,7 +2,7 @@
 
 step, loss, grad_norm, learning_rate     of the update; loss in nats, norm before clipping
 rows, examples, tokens, target_tokens    of the global batch; tokens are not padding
-fill_fraction                            tokens / (rows x sequence_length)
+fill_fraction                            tokens / (rows x sequence_length, or x encoder_length + decoder_length)
 step_time_ms, tokens_per_second, target_tokens_per_second
 model_tflops_per_gpu, mfu_percent        model FLOPs, `flops.py`; mfu_percent null where no peak is known
 useful_tflops_per_gpu                    useful FLOPs, `flops.py`
@@ -24,9 +24,12 @@ from typing import Any
 
 import torch
 
-from megatron_xmtf.data.batch import Batch
+from megatron_xmtf.config.row_lengths import EncoderDecoderLengths, RowLengths
+from megatron_xmtf.data.encoder_decoder_batch import EncoderDecoderBatch
 from megatron_xmtf.files import atomic_write
-from megatron_xmtf.models.architecture import BloomArchitecture
+from megatron_xmtf.models.architecture import Architecture, BloomArchitecture
+from megatron_xmtf.models.forward import MicroBatch
+from megatron_xmtf.training.encoder_decoder_flops import model_flops_per_row, useful_flops_of_two_sides
 from megatron_xmtf.training.flops import model_flops_per_token, peak_tflops, useful_flops
 
 __all__ = ["MetricsFile", "StepCounts", "StepRates", "peak_memory_gib", "printed_line", "validation_line"]
@@ -42,19 +45,44 @@ class StepCounts:
     """Tokens that are not padding."""
     target_tokens: int
     attention_pairs: int
-    """(Query, key) pairs of one segment, the key not after the query."""
+    """(Query, key) pairs of one segment, the key not after the query; of an encoder-decoder those of the decoder."""
+    encoder_pairs: int = 0
+    """Pairs of one encoder segment; 0 for a decoder model."""
+    cross_pairs: int = 0
+    """Pairs of a decoder and an encoder token of one example; 0 for a decoder model."""
 
     @staticmethod
-    def of(batches: Sequence[Batch]) -> StepCounts:
+    def of(batches: Sequence[MicroBatch]) -> StepCounts:
         """Count the micro-batches of one rank."""
+        two_sided = [batch for batch in batches if isinstance(batch, EncoderDecoderBatch)]
         return StepCounts(
             rows=sum(len(batch.rows) for batch in batches),
             examples=sum(batch.num_examples for batch in batches),
             tokens=sum(batch.num_tokens for batch in batches),
             target_tokens=sum(batch.num_target_tokens for batch in batches),
-            # The token at position p of its segment sees p + 1 tokens; positions of padding are 0.
-            attention_pairs=sum(int(batch.position_ids.sum()) + batch.num_tokens for batch in batches),
+            attention_pairs=sum(_causal_pairs(batch) for batch in batches),
+            encoder_pairs=sum(
+                _shared_pairs(batch.encoder_segment_ids, batch.encoder_segment_ids) for batch in two_sided
+            ),
+            cross_pairs=sum(_shared_pairs(batch.decoder_segment_ids, batch.encoder_segment_ids) for batch in two_sided),
         )
+
+
+def _causal_pairs(batch: MicroBatch) -> int:
+    """Count what causal tokens see: that at position p of its segment sees p + 1; positions of padding are 0."""
+    if isinstance(batch, EncoderDecoderBatch):
+        return int(batch.decoder_position_ids.sum()) + batch.num_target_tokens
+    return int(batch.position_ids.sum()) + batch.num_tokens
+
+
+def _shared_pairs(queries: torch.Tensor, keys: torch.Tensor) -> int:
+    """Count pairs of tokens of one segment in rows [micro_batch, q] and [micro_batch, k], padding left out."""
+    size = int(torch.maximum(queries.max(), keys.max())) + 1
+    counts = [
+        torch.bincount(q, minlength=size)[1:] @ torch.bincount(k, minlength=size)[1:]
+        for q, k in zip(queries.cpu(), keys.cpu(), strict=True)
+    ]
+    return int(sum(counts))
 
 
 @dataclass(frozen=True)
@@ -64,24 +92,19 @@ class StepRates:
     Args:  peak_tflops: of one GPU; None takes that of this device from the table, where it is there.
     """
 
-    architecture: BloomArchitecture
-    sequence_length: int
+    architecture: Architecture
+    sequence_length: RowLengths
+    """Tokens of a row; of both sides for an encoder-decoder."""
     world_size: int
     precision: str
     peak_tflops: float | None = None
 
     def of(self, counts: StepCounts, *, seconds: float) -> dict[str, float | None]:
         """Return the rates of a step; counts are those of all ranks, seconds wall time."""
-        computed_tokens = counts.rows * self.sequence_length
+        row_tokens, per_row, useful = self._flops(counts)
+        computed_tokens = counts.rows * row_tokens
         gpu_teraseconds = seconds * self.world_size * 1e12
-        per_token = model_flops_per_token(self.architecture, sequence_length=self.sequence_length)
-        useful = useful_flops(
-            self.architecture,
-            tokens=counts.tokens,
-            attention_pairs=counts.attention_pairs,
-            target_tokens=counts.target_tokens,
-        )
-        tflops = per_token * computed_tokens / gpu_teraseconds
+        tflops = per_row * counts.rows / gpu_teraseconds
         peak = self.peak_tflops or device_peak_tflops(self.precision)
         return {
             "fill_fraction": counts.tokens / computed_tokens,
@@ -92,6 +115,30 @@ class StepRates:
             "mfu_percent": None if peak is None else 100 * tflops / peak,
             "useful_tflops_per_gpu": useful / gpu_teraseconds,
         }
+
+    def _flops(self, counts: StepCounts) -> tuple[int, float, float]:
+        """Return the tokens of a row, its model FLOPs, and the useful FLOPs of a step."""
+        architecture, lengths = self.architecture, self.sequence_length
+        if isinstance(architecture, BloomArchitecture):
+            assert isinstance(lengths, int), "a decoder's row has one length"
+            useful = useful_flops(
+                architecture,
+                tokens=counts.tokens,
+                attention_pairs=counts.attention_pairs,
+                target_tokens=counts.target_tokens,
+            )
+            return lengths, lengths * model_flops_per_token(architecture, sequence_length=lengths), useful
+        assert isinstance(lengths, EncoderDecoderLengths), "an encoder-decoder's row has two lengths"
+        useful = useful_flops_of_two_sides(
+            architecture,
+            encoder_tokens=counts.tokens - counts.target_tokens,
+            target_tokens=counts.target_tokens,
+            encoder_pairs=counts.encoder_pairs,
+            decoder_pairs=counts.attention_pairs,
+            cross_pairs=counts.cross_pairs,
+        )
+        e, d = lengths.encoder_length, lengths.decoder_length
+        return e + d, model_flops_per_row(architecture, encoder_length=e, decoder_length=d), useful
 
 
 def device_peak_tflops(precision: str) -> float | None:

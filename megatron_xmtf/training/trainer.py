@@ -25,10 +25,9 @@ from torch import Tensor
 
 from megatron_xmtf.checkpoint.sharded import load_model_weights, load_training_state
 from megatron_xmtf.config.schema import RunConfig
-from megatron_xmtf.data.batch import Batch
 from megatron_xmtf.data.loader import BatchLoader
 from megatron_xmtf.errors import NonFiniteError
-from megatron_xmtf.models.forward import chunk_iterators, device_of, forward_chunk
+from megatron_xmtf.models.forward import MicroBatch, chunk_iterators, device_of, forward_chunk
 from megatron_xmtf.models.registry import build_model
 from megatron_xmtf.parallel.topology import Topology, destroy_parallel, initialize_parallel
 from megatron_xmtf.training.group_losses import GroupLosses
@@ -117,7 +116,7 @@ class Trainer:
         self.overflows = OverflowWatch(enabled=topology.rank == 0)
         self.rates = StepRates(
             prepared.architecture,
-            sequence_length=self.config.batch.sequence_length,
+            sequence_length=self.config.batch.row_lengths,
             world_size=topology.world_size,
             precision=self.config.precision,
         )
@@ -193,7 +192,7 @@ class Trainer:
             "skipped": not updated,
         }
 
-    def forward_backward(self, batches: list[Batch]) -> list[Tensor]:
+    def forward_backward(self, batches: list[MicroBatch]) -> list[Tensor]:
         """Fill every `main_grad` with the gradient of the global batch's loss.
 
         Returns: on the last pipeline stage the report of each micro-batch (see `micro_batch_loss`), else nothing.
@@ -208,7 +207,7 @@ class Trainer:
                 data_iterator=chunk_iterators(batches, self.chunks) if len(self.chunks) > 1 else iter(batches),
                 model=self.chunks,
                 num_microbatches=len(batches),
-                seq_length=self.config.batch.sequence_length,
+                seq_length=batches[0].pipeline_length,
                 micro_batch_size=self.config.batch.micro_batch_size,
                 forward_only=False,
             )
@@ -240,11 +239,11 @@ class Trainer:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             model_config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
 
-    def _forward_step(self, batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+    def _forward_step(self, batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         losses, batch = forward_chunk(batches, chunk)
         return losses, partial(self._weigh, batch)
 
-    def _weigh(self, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _weigh(self, batch: MicroBatch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.group_losses.add(batch, losses)
         return micro_batch_loss(batch, losses)
 
@@ -259,6 +258,8 @@ def _build_chunks(prepared: PreparedRun) -> list[Any]:
         recompute=config.recompute,
         kernels=config.kernels,
         dropout=config.dropout,
+        encoder_length=config.batch.encoder_length,
+        decoder_length=config.batch.decoder_length,
     )
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from megatron_xmtf.config.schema import RunConfig
-from megatron_xmtf.data.batch import Batch
+from megatron_xmtf.data.encoder_decoder_rows import EncoderDecoderRow
 from megatron_xmtf.data.example_dataset import ExampleDataset
-from megatron_xmtf.data.loader import validation_batches
-from megatron_xmtf.data.rows import PackedRows
-from megatron_xmtf.models.forward import run_forward
+from megatron_xmtf.data.loader import AnyRows, validation_batches
+from megatron_xmtf.data.rows import Row
+from megatron_xmtf.models.forward import MicroBatch, run_forward
 
 __all__ = ["ValidationSet", "validation_batches_by_name", "validation_losses"]
 
-ValidationSet = tuple[ExampleDataset, list[Batch]]
+ValidationSet = tuple[ExampleDataset, list[MicroBatch]]
 """A dataset and all batches of its rows that are measured."""
 
 
 def validation_batches_by_name(
-    config: RunConfig, rows_by_name: Mapping[str, tuple[ExampleDataset, PackedRows]]
+    config: RunConfig, rows_by_name: Mapping[str, tuple[ExampleDataset, AnyRows]]
 ) -> dict[str, ValidationSet]:
     """Read the rows of every validation set; `run_forward` deals their batches to the data-parallel ranks."""
     return {
@@ -42,7 +42,7 @@ def validation_batches_by_name(
 
 
 def validation_losses(
-    chunks: Sequence[torch.nn.Module], datasets: Mapping[str, tuple[ExampleDataset, Sequence[Batch]]]
+    chunks: Sequence[torch.nn.Module], datasets: Mapping[str, tuple[ExampleDataset, Sequence[MicroBatch]]]
 ) -> dict[str, float]:
     """Return `loss/<dataset>/<language>` for every language of every dataset, and `loss/<dataset>` over all.
 
@@ -66,7 +66,7 @@ def validation_losses(
     return losses
 
 
-def _target_losses(batch: Batch, losses: Tensor) -> list[tuple[int, float]]:
+def _target_losses(batch: MicroBatch, losses: Tensor) -> list[tuple[int, float]]:
     """Return (example id, mean loss of its target tokens in nats) of every segment with a target.
 
     Args:    losses: fp32 [micro_batch, sequence]; the weights of `target_sequence` sum to 1 in each segment.
@@ -75,7 +75,8 @@ def _target_losses(batch: Batch, losses: Tensor) -> list[tuple[int, float]]:
     segments = batch.segment_ids.cpu()
     has_weight = (batch.loss_weights > 0).cpu()
     found = []
-    for number, row in enumerate(batch.rows):
+    rows: Sequence[Row | EncoderDecoderRow] = batch.rows
+    for number, row in enumerate(rows):
         size = len(row.example_ids) + 1
         sums = torch.zeros(size, dtype=torch.float64).index_add_(0, segments[number], weighted[number])
         counts = torch.bincount(segments[number][has_weight[number]], minlength=size)
