@@ -15,10 +15,11 @@ EXAMPLE = """\
 OWN_NAME = "megatron_xmtf"
 
 UNUSED = "no part of this version uses it"
+FUSED_ADAM = "its fused Adam can run on a GPU; kernels.adam says which does"
 OPTIONAL = {
     # distribution: (module, what changes with it, what happens without it)
-    "transformer-engine": ("transformer_engine", "its fused Adam is used", "the fused AdamW of torch is used"),
-    "apex": ("apex", "its fused Adam is used", "NVIDIA's, built from source; the fused AdamW of torch is used"),
+    "transformer-engine": ("transformer_engine", FUSED_ADAM, "the fused AdamW of torch is used"),
+    "apex": ("apex", FUSED_ADAM, "NVIDIA's, built from source; the fused AdamW of torch is used"),
     "flash-attn": ("flash_attn", UNUSED, f"{UNUSED}; attention runs as under `kernels`"),
     "liger-kernel": ("liger_kernel", UNUSED, UNUSED),
     "deepspeed": ("deepspeed", UNUSED, UNUSED),
@@ -224,13 +225,21 @@ def examine_device() -> dict[str, Any]:
 
 def examine_kernels() -> dict[str, dict[str, str]]:
     """Name the implementation of each operation that `auto` chooses, by precision."""
+    import torch
+
+    from megatron_xmtf.kernels.adam import choose_adam
     from megatron_xmtf.kernels.packed_attention import choose_packed_attention
 
+    adam = choose_adam("auto", has_cuda=torch.cuda.is_available())
     chosen = {
         "fp32": choose_packed_attention("auto", precision="fp32"),
         "bf16": choose_packed_attention("auto", precision="bf16"),
     }
-    return {"packed attention": {precision: attention.name for precision, attention in chosen.items()}}
+    return {
+        "packed attention": {precision: attention.name for precision, attention in chosen.items()},
+        # Main parameters are fp32 whatever the precision.
+        "adam": {"fp32": adam},
+    }
 
 
 def worded(found: dict[str, Any]) -> str:

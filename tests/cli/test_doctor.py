@@ -38,7 +38,10 @@ def test_this_machine_can_start_a_run(capsys: pytest.CaptureFixture[str], tmp_pa
     if not torch.cuda.is_available():
         assert found["device"]["kind"] == "cpu" and "CPU adapter" in found["device"]["engine"]
         assert found["ranks"] == {"started": 2, "backend": "gloo"}
-    assert found["kernels"] == {"packed attention": {"fp32": "segments", "bf16": "segments"}}
+    assert found["kernels"] == {
+        "packed attention": {"fp32": "segments", "bf16": "segments"},
+        "adam": {"fp32": "torch"},
+    }
     assert found["machine"]["cores"] <= (os.cpu_count() or 1)
     assert found["machine"]["memory_gib"] > 0 and found["machine"]["free_disk_gib"] > 0
     assert found["optional"].keys() == doctor.OPTIONAL.keys()
