@@ -82,6 +82,12 @@ def _open_indexed(index: PackingIndex, prefixes: list[str], tokenizer: Tokenizer
     if len(prefixes) != len(known):
         names = ", ".join(entry["name"] for entry in known[:10])
         raise ConfigError(f"--data names {len(prefixes)} datasets, the index has {len(known)}: {names}.")
+    objectives = [entry["name"] for entry in known if "objective" in entry]
+    if objectives:
+        raise ConfigError(
+            f"the index reads documents under objectives ({', '.join(objectives[:10])}); show its rows with the run's "
+            "configuration, which says what is made of them: xmtf inspect CONFIG --show N."
+        )
     datasets = []
     for prefix, entry in zip(prefixes, known, strict=True):
         dataset = ExampleDataset.open(prefix, name=entry["name"], tokenizer=tokenizer)
