@@ -180,7 +180,29 @@ def _tables(plan: DataPlan) -> list[Html]:
         )
         for title, rows, names in tables
     ]
-    return [*drawn, _component_table(plan)] if plan["unit"] is not None else drawn
+    if plan["unit"] is not None:
+        drawn.append(_component_table(plan))
+    if plan["objectives"]:
+        drawn.append(_objective_table(plan))
+    return drawn
+
+
+def _objective_table(plan: DataPlan) -> Html:
+    headers = ["entry", "objective", "documents", "tokens", "chunks", "of at most", "documents cut", "in no example"]
+    rows = [
+        [
+            part["entry"],
+            part["objective"],
+            part["documents"],
+            part["document_tokens"],
+            part["chunks"],
+            part["chunk_length"],
+            part["cut_documents"],
+            part["too_short"],
+        ]
+        for part in plan["objectives"]
+    ]
+    return Page.table(headers, rows, caption="Documents under their objectives; a chunk is a record above")
 
 
 def _component_table(plan: DataPlan) -> Html:
