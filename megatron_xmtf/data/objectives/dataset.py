@@ -33,6 +33,8 @@ __all__ = ["ObjectiveCounts", "ObjectiveDataset"]
 BLOCK = 1 << 20
 """Chunks or documents looked at at a time."""
 FIRST_OCCURRENCE = 0
+OBJECTIVES_VERSION = 1
+"""Part of the key of every index with an objective: raised by any change that makes other examples of the same data."""
 
 
 class ObjectiveCounts(TypedDict):
@@ -149,7 +151,8 @@ class ObjectiveDataset(ExampleDataset):
 
     def facts(self) -> dict[str, Any]:
         """Return what changes the examples, in plain values: part of the key of a packing index."""
-        return {**self.rule.facts(), "chunk_length": self.chunks.chunk_length, "seed": self.objective.seed}
+        settings = {"chunk_length": self.chunks.chunk_length, "seed": self.objective.seed}
+        return {"version": OBJECTIVES_VERSION, **self.rule.facts(), **settings}
 
     def counts(self) -> ObjectiveCounts:
         """Count documents, chunks, and what makes no example."""

@@ -8,7 +8,9 @@ import pytest
 from megatron_xmtf.cli import main
 from megatron_xmtf.config import MixtureConfig, RunConfig
 from megatron_xmtf.config.load import config_from_mapping, load_mixture
+from megatron_xmtf.config.row_lengths import EncoderDecoderLengths
 from megatron_xmtf.data.batch import build_batch
+from megatron_xmtf.data.encoder_decoder_rows import EncoderDecoderRows
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.mixture import open_datasets
 from megatron_xmtf.data.objectives import ObjectiveDataset, StoredDatasets
@@ -70,7 +72,7 @@ def run_config(place, **values):
             "model": str(place / "model"),
             "output": str(place / "run"),
             "data": {"mixture": mixture, **values.pop("data", {})},
-            "batch": {"micro_batch_size": 1, "global_batch_size": 4, "sequence_length": 64},
+            "batch": values.pop("batch", {"micro_batch_size": 1, "global_batch_size": 4, "sequence_length": 64}),
             "schedule": {"train_steps": 10},
             "precision": "fp32",
             **values,
@@ -164,6 +166,32 @@ def test_rows_are_the_same_bytes_for_whoever_reads_them_and_noise_differs_by_epo
     assert all(len(set(values)) == 1 for (dataset, _), values in repeated.items() if dataset in (1, 3))
 
 
+@pytest.mark.parametrize("encoder_eos", [True, False])
+def test_two_sided_rows_hold_every_chunk_with_eos_where_it_belongs(place, encoder_eos):
+    lengths = EncoderDecoderLengths(48, 40, encoder_eos)
+    batch = {"micro_batch_size": 1, "global_batch_size": 4, "encoder_length": 48, "decoder_length": 40}
+    config = run_config(place, batch={**batch, "encoder_eos": encoder_eos})
+    datasets = opened(place, config)
+    index = pack_mixture(datasets, mixture=config.data.mixture, sequence_length=lengths, rows_needed=60, seed=1)
+    assert [entry["dropped"] for entry in index.statistics["datasets"][:3]] == [0, 0, 0], "chunks always fit"
+    rows = EncoderDecoderRows(datasets, index, pad_id=0, eos_id=EOS, decoder_start_id=0)
+    texts, seen = documents_of(place), set()
+    for number in range(60):
+        row = rows[number]
+        for segment, (dataset, example) in enumerate(
+            zip(row.dataset_ids.tolist(), row.example_ids.tolist(), strict=True), 1
+        ):
+            inputs = row.encoder_tokens[row.encoder_segment_ids == segment].tolist()
+            targets = row.targets[row.decoder_segment_ids == segment].tolist()
+            ends = encoder_eos or dataset in (0, 2)  # noise always ends its inputs, a cut and a prompt as the rows do
+            assert inputs.count(EOS) == int(ends) and (inputs[-1] == EOS) == ends
+            if dataset == 0:
+                document, first, length, _ = datasets[0].chunks.locate(example)
+                assert targets == [*texts[document][first : first + length], EOS]
+            seen.add(dataset)
+    assert seen == {0, 1, 2, 3}
+
+
 def test_negative_control_the_run_seed_changes_noise_and_rows(place):
     one, other = packed(place), packed(place, seed=2)
     assert any(one[number].tokens.tobytes() != other[number].tokens.tobytes() for number in range(40))
@@ -240,9 +268,11 @@ def test_plan_and_inspect_show_what_the_model_will_read(place, capsys):
     config = run_config(place, output=str(place / "shown"), data={"guards": {"duplicates": "drop"}})
     path = place / "run.yaml"
     path.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
-    assert main(["plan", str(path)]) == 0
+    page = place / "plan.html"
+    assert main(["plan", str(path), "--html", str(page)]) == 0
     shown = capsys.readouterr().out
     assert "documents under their objectives" in shown and "wiki:span_corruption" in shown
+    assert "Documents under their objectives" in page.read_text(encoding="utf-8")
     assert main(["plan", str(path), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)["data"]
     assert [part["objective"] for part in plan["objectives"]] == ["alexatm_denoising", "causal", "span_corruption"]
@@ -251,6 +281,8 @@ def test_plan_and_inspect_show_what_the_model_will_read(place, capsys):
     assert duplicated[:3] == [1, 1, 1]
     assert main(["pack", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["key"] == plan["key"], "plan and pack see the same rows"
+    assert main(["inspect", plan["index"], "--show", "1", "--data", *[str(place / "wiki")] * 3, str(place / "qa")]) == 2
+    assert "show its rows with the run's configuration" in capsys.readouterr().err
     assert main(["inspect", str(path), "--show", "40", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     segments = [segment for row in rows for segment in row["segments"]]
