@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xmtf.data.best_fit import BLOCK, RowPattern, place_examples
+from megatron_xmtf.data.best_fit import BLOCK, RowPattern, number_type, place_examples
 from megatron_xmtf.errors import DatasetError
 
 __all__ = ["TWO_SIDED_VERSION", "fewest_rows", "pack_two_sided", "two_sided_patterns"]
@@ -55,6 +55,8 @@ def pack_two_sided(
                 f"{name} to pack have {lengths.min()} to {lengths.max()} tokens; a row holds 1 to {most}. "
                 "Drop or truncate the others first."
             )
+    if not len(inputs):
+        return np.zeros(1, np.int64), np.zeros(0, number_type(0))
     width = decoder_length + 1
     counts = np.zeros((encoder_length + 1) * width, np.int64)
     for begin in range(0, len(inputs), BLOCK):

@@ -11,6 +11,8 @@ class MemoryDataset:
     Columns are lists of names, one an example; documents are numbers.
     """
 
+    inputs_end_with_eos = False
+
     def __init__(self, name, examples, manifest=None, columns=None, documents=None):
         self.columns = columns or {}
         self.documents = None if documents is None else np.asarray(documents, np.uint64)
