@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_xmtf.config import RunConfig
 from megatron_xmtf.parallel.launch import run_ranks
@@ -88,3 +89,73 @@ def test_a_run_from_too_large_a_scale(
     assert [scale for scale, _ in steps[:5]] == [2.0**28, 2.0**28, 2.0**27, 2.0**26, 2.0**25]
     assert found[0][1] and "steps 1 to 5" in found[0][1][0]
     assert not found[1][1]
+
+
+Snapshot = tuple[dict[str, torch.Tensor], list[int], float]
+
+
+def snapshot(trainer: Trainer) -> Snapshot:
+    """Return weights, main parameters and moments by name, the step counts, and the loss scale."""
+    tensors = {}
+    [part] = trainer.optimizer.chained_optimizers
+    for chunk in trainer.chunks:
+        for name, parameter in chunk.named_parameters():
+            tensors[name] = parameter.detach().clone()
+    for group in part.optimizer.param_groups:
+        for parameter in group["params"]:
+            number = len(tensors)
+            tensors[f"{number}.main"] = parameter.detach().clone()
+            for moment, value in part.optimizer.state[parameter].items():
+                tensors[f"{number}.{moment}"] = value.clone()
+    steps = [group["step"] for group in part.optimizer.param_groups]
+    return tensors, steps, float(trainer.optimizer.get_loss_scale())
+
+
+def rank_forced_overflow(prepared: PreparedRun) -> list[tuple[bool, bool, list[int], float]]:
+    """Take a step, overflow on the last rank alone twice, take a step.
+
+    Returns: of each: whether it updated, whether any tensor changed, the step counts, the loss scale after it.
+    """
+    torch.set_num_threads(1)
+    topology = initialize_parallel(prepared.config.parallel, seed=1)
+    trainer = Trainer(prepared, topology)
+    weigh = trainer._weigh
+    found = []
+    for overflows in (False, True, True, False):
+        is_hit = overflows and topology.rank == topology.world_size - 1
+        if is_hit and topology.dp_size > 1:
+            # Before the reduction over data-parallel ranks: this rank's backward pass leaves fp16's range.
+            def overflowing(batch: Any, losses: torch.Tensor) -> Any:
+                return weigh(batch, losses * 1e30)
+
+            trainer._weigh = overflowing  # type: ignore[method-assign]
+        before = snapshot(trainer)
+        trainer.forward_backward(trainer.loader.micro_batches(len(found)))
+        trainer._weigh = weigh  # type: ignore[method-assign]
+        if is_hit and topology.dp_size == 1:
+            next(iter(trainer.chunks[-1].parameters())).main_grad.view(-1)[0] = float("inf")
+        updated, _, _ = trainer.optimizer.step()
+        tensors, steps, scale = snapshot(trainer)
+        changed = tensors.keys() != before[0].keys() or any(
+            not torch.equal(tensor, before[0][name]) for name, tensor in tensors.items()
+        )
+        found.append((updated, changed, steps, scale))
+    return found
+
+
+@pytest.mark.parametrize("layout", ["TP2", "PP2", "DP2", "DP2-distributed-optimizer"])
+def test_an_overflow_on_one_rank_changes_nothing_on_any(layout: str, run_config: Callable[..., RunConfig]) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    prepared = prepare_run(run_config(parallel=parallel, precision="fp16"), world_size=ranks)
+    found = run_ranks(rank_forced_overflow, world_size=ranks, arguments=(prepared,))
+    scale = optimizer_module.INITIAL_LOSS_SCALE
+    for steps in found:
+        assert [(updated, changed) for updated, changed, _, _ in steps] == [
+            (True, True),
+            (False, False),
+            (False, False),
+            (True, True),
+        ]
+        assert [set(counts) for _, _, counts, _ in steps] == [{1}, {1}, {1}, {2}]
+        # Megatron-Core lets the first overflow pass (hysteresis 2) and halves from the second one on.
+        assert [after for *_, after in steps] == [scale, scale, scale / 2, scale / 2]
