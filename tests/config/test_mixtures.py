@@ -30,7 +30,7 @@ def dataset(name, column, sizes):
 
 def test_every_shipped_mixture_is_valid_and_says_where_its_numbers_come_from():
     names = [path.stem for path in SHIPPED_MIXTURES.glob("*.yaml")]
-    assert sorted(names) == ["flan2021", "flan2022", "pinch", "xp3", "xp3mt"]
+    assert sorted(names) == ["alexatm", "flan2021", "flan2022", "pinch", "ul2_flan", "xp3", "xp3mt"]
     for name in names:
         assert "arXiv" in shipped(name).source
 
@@ -187,6 +187,23 @@ def test_the_pinch_is_40_of_4640():
     counts = pass_counts(mixture, datasets)
     assert counts["en"] == 4600 and sum(counts.values()) == 4640
     assert sorted(count for name, count in counts.items() if name != "en") == [3] * 4 + [4] * 7
+
+
+def test_alexatm_is_80_to_20_and_languages_go_by_the_square_root():
+    mixture = shipped("alexatm")
+    sources = mixture.sources()
+    # 10,000 chunks of English, 2,500 of Marathi, of the others 100, the same under both objectives.
+    sizes = [{"en": 10_000, "mr": 2_500}.get(source.prefix[-2:], 100) for source in sources]
+    names = mixture.dataset_names().values()
+    datasets = [MemoryDataset(name, [([1], [2])] * size) for name, size in zip(names, sizes, strict=True)]
+    built = build_mixture(datasets, mixture, sequence_length=31)
+    share = dict(zip([one.name for one in built.components], built.wanted_shares(), strict=True))
+    assert sum(part for name, part in share.items() if name.startswith("denoising/")) == pytest.approx(0.8)
+    assert sum(part for name, part in share.items() if "/wikipedia/" in name) == pytest.approx(0.09)
+    root = 100 + 50 + 10 * 10  # square roots of 10,000, 2,500 and ten times 100
+    assert share["clm/mc4/mc4_en"] == pytest.approx(0.2 * 0.91 * 100 / root)
+    assert share["clm/mc4/mc4_mr"] == pytest.approx(0.2 * 0.91 * 50 / root)
+    assert share["denoising/wikipedia/wikipedia_te"] == pytest.approx(0.8 * 0.09 * 10 / root)
 
 
 def test_validation_defaults_to_what_the_mixture_holds_out():
