@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_xmtf.config import RunConfig
 from megatron_xmtf.parallel.launch import run_ranks
 from megatron_xmtf.training.optimizer import GroupStepAdam
+from megatron_xmtf.training.prepare import PreparedRun, prepare_run
+from tests.layouts import LAYOUTS
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
 
@@ -181,3 +185,42 @@ def test_matrices_are_decayed_and_norms_and_biases_are_not(sharded: bool) -> Non
     layer_vectors = 4 * 64 + 3 * 64 + 64 + 4 * 64 + 64  # two norms; biases of QKV, projection, fc1, fc2
     vectors = 2 * 64 + 4 * layer_vectors + 2 * 64
     assert run_ranks(decayed_parameters, world_size=1, arguments=(sharded,)) == [{1e-4: matrices, 0.0: vectors}]
+
+
+def rank_decays(prepared: PreparedRun) -> dict[str, set[float]]:
+    """Return the decays that fall on each parameter of this rank, by name."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    from megatron_xmtf.parallel.topology import initialize_parallel
+    from megatron_xmtf.training.trainer import Trainer
+
+    trainer = Trainer(prepared, initialize_parallel(prepared.config.parallel, seed=1))
+    [part] = trainer.optimizer.chained_optimizers
+    groups = part.optimizer.param_groups
+    found: dict[str, set[float]] = {}
+    for chunk in trainer.chunks:
+        for name, parameter in chunk.named_parameters():
+            if isinstance(part, DistributedOptimizer):
+                if parameter in part.model_param_group_index_map:  # else it is updated on the other rank
+                    found.setdefault(name, set()).add(
+                        groups[part.model_param_group_index_map[parameter][0]]["weight_decay"]
+                    )
+                continue
+            main = getattr(parameter, "main_param", parameter)
+            decays = {group["weight_decay"] for group in groups if any(main is held for held in group["params"])}
+            found.setdefault(name, set()).update(decays)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision"), [("TP2-PP2", "fp32"), ("TP2-PP2", "bf16"), ("DP2-distributed-optimizer", "bf16")]
+)
+def test_decay_by_name_at_every_layout(layout: str, precision: str, run_config: Callable[..., RunConfig]) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    config = run_config(parallel=parallel, precision=precision, optimizer={"lr": 1e-3, "weight_decay": 0.1})
+    found = run_ranks(rank_decays, world_size=ranks, arguments=(prepare_run(config, world_size=ranks),))
+    decays = {name: decay for names in found for name, decay in names.items()}
+    assert len(decays) > 20
+    for name, decay in decays.items():
+        is_vector = name.endswith(".bias") or "layernorm" in name
+        assert decay == ({0.0} if is_vector else {0.1}), name
