@@ -29,7 +29,7 @@ from megatron_xmtf.models.encoder_decoder_architecture import EncoderDecoderArch
 from megatron_xmtf.models.encoder_decoder_layers import AttentionSettings, TokenEmbedding
 from megatron_xmtf.models.encoder_decoder_stack import LayerRunner, Stack
 from megatron_xmtf.models.head import VocabularyHead
-from megatron_xmtf.models.relative_bias import give_unused_tables_zeros
+from megatron_xmtf.models.relative_bias import give_unused_table_zeros
 from megatron_xmtf.models.stages import ChunkPlace
 
 __all__ = ["EncoderDecoderModel"]
@@ -113,14 +113,45 @@ class EncoderDecoderModel(LanguageModule):
             e, d = self._embed(encoder_tokens, encoder_position_ids, decoder_tokens, decoder_position_ids)
         else:
             e, d = self._received(encoder_tokens.size(1), decoder_tokens.size(1))
-        tables = [table for stack in (self.encoder, self.decoder) for table in stack.tables]
-        if tables:
-            d = give_unused_tables_zeros(d, tables)
+        for stack in (self.encoder, self.decoder):
+            if stack.table is not None and not len(stack.layers):
+                # By way of d, which the loss depends on in every chunk; e is not read behind the last decoder layer.
+                d = give_unused_table_zeros(d, stack.table)
         e = self.encoder(e, queries=encoder_segment_ids)
         d = self.decoder(d, queries=decoder_segment_ids, context=e, keys=encoder_segment_ids)
         if not self.post_process:
             # Last, and no view: Megatron-Core frees what was sent, and e and d are needed for the backward pass.
             return torch.cat([e, d], dim=0)
+        return self._answer(d, labels, loss_positions)
+
+    def decode(
+        self,
+        decoder_tokens: Tensor,
+        decoder_segment_ids: Tensor,
+        decoder_position_ids: Tensor,
+        *,
+        encoded: Tensor | None,
+        encoder_segment_ids: Tensor,
+        labels: Tensor | None = None,
+        loss_positions: Tensor | None = None,
+    ) -> Tensor:
+        """Run this chunk's decoder layers alone, on inputs that were encoded before; without gradients.
+
+        Args:    encoded: [e, b, h] of the whole encoder ([e / tp, b, h] under sequence parallelism); None where the
+                 chunk has no decoder layer. The others as in `forward`.
+        Returns: as `forward`, but decoder hidden states [d, b, h] alone on inner stages.
+        """
+        if self.pre_process:
+            shared = self.embedding if self.architecture.tied_embeddings else None
+            d = self.decoder.embed(decoder_tokens, decoder_position_ids, shared=shared)
+        else:
+            assert self.input_tensor is not None, "a later stage is given what the one before has sent"
+            d = self.input_tensor
+        d = self.decoder(d, queries=decoder_segment_ids, context=encoded, keys=encoder_segment_ids)
+        return self._answer(d, labels, loss_positions) if self.post_process else d
+
+    def _answer(self, d: Tensor, labels: Tensor | None, loss_positions: Tensor | None) -> Tensor:
+        """Return losses or logits out of the decoder's last hidden states."""
         weight = self.shared_embedding_or_output_weight() if self.architecture.tied_head else self.output_layer.weight
         if self.architecture.scaled_head:
             d = d * self.architecture.head_scale

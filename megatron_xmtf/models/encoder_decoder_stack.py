@@ -160,9 +160,9 @@ class Stack(MegatronModule):
             self.final_layernorm = norm_class(architecture)(config, config.hidden_size, config.layernorm_epsilon)
 
     @property
-    def tables(self) -> list[nn.Parameter]:
-        """The table of relative positions, if there is one."""
-        return [self.relative_attention_bias.weight] if hasattr(self, "relative_attention_bias") else []
+    def table(self) -> RelativeBias | None:
+        """The table of relative positions, if there is one; every chunk holds it, used or not."""
+        return self.relative_attention_bias if hasattr(self, "relative_attention_bias") else None
 
     def embed(self, tokens: Tensor, position_ids: Tensor | None, *, shared: TokenEmbedding | None) -> Tensor:
         """Embed int64 [b, s] -> [s, b, h]; shared: the words of both sides, None where this side has its own."""
@@ -183,7 +183,7 @@ class Stack(MegatronModule):
         if len(self.layers):
             own = self.prepare(queries, queries, causal=self.is_decoder)
             across = self.prepare(queries, keys, causal=False) if self.is_decoder else None
-            bias = self.relative_attention_bias(own.longest) if self.tables else None
+            bias = None if self.table is None else self.table(own.longest)
             # Under sequence parallelism ranks hold other tokens, and all masks differ, as in Megatron-Core's block.
             with own_dropout(forked=not self.config.sequence_parallel):
                 hidden = self.runner.run(

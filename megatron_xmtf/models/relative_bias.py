@@ -10,7 +10,8 @@ or not, for Megatron-Core's own reduction of embedders that all stages hold (`ha
 flattens them into one tensor. What goes wrong without it is in tests/models/test_encoder_decoder_traps.py:
 
     sum over the stages             copies drift apart from the first step
-    zeros for unused tables         overlap_grad_reduce waits for their gradients, and dies in the second step
+    zeros for unused tables         overlap_grad_reduce waits for their gradients, and dies in the second step;
+                                    overlap_param_gather starts to gather them, and never finishes
     a gradient bucket of their own  the distributed optimizer shards copies differently, and sums parts of other numbers
     `shared` on all but one         the gradient norm counts each copy, hence clipping is too strong
 """
@@ -30,7 +31,7 @@ from torch import Tensor
 from megatron_xmtf.kernels.relative_attention.buckets import bias_by_distance
 from megatron_xmtf.models.encoder_decoder_architecture import EncoderDecoderArchitecture
 
-__all__ = ["RelativeBias", "give_unused_tables_zeros"]
+__all__ = ["RelativeBias", "give_unused_table_zeros"]
 
 
 class RelativeBias(MegatronModule):
@@ -71,20 +72,23 @@ class RelativeBias(MegatronModule):
 
 
 class _ZeroGradients(torch.autograd.Function):
-    """Hand hidden states through; in the backward pass, give tables a gradient of zeros."""
+    """Hand hidden states through; in the backward pass, give a bias a gradient of zeros."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, *tables: Tensor) -> Tensor:
-        ctx.shapes = [(table.shape, table.dtype, table.device) for table in tables]
+    def forward(ctx: Any, hidden: Tensor, bias: Tensor) -> Tensor:
+        ctx.shape = bias.shape
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.shapes]
-        return (gradients[0], *zeros)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], torch.zeros(ctx.shape, dtype=torch.float32, device=gradients[0].device)
 
 
-def give_unused_tables_zeros(hidden: Tensor, tables: list[torch.nn.Parameter]) -> Tensor:
-    """Return `hidden`; its backward pass gives every table a gradient, of zeros, so that no reduction waits for one."""
-    result: Tensor = _ZeroGradients.apply(hidden, *tables)
+def give_unused_table_zeros(hidden: Tensor, table: RelativeBias) -> Tensor:
+    """Return `hidden`; the table is looked up once, and gets a gradient of zeros in the backward pass.
+
+    The lookup is what overlap_param_gather waits with for the table's new values, the gradient what
+    overlap_grad_reduce waits for.
+    """
+    result: Tensor = _ZeroGradients.apply(hidden, table(1))
     return result
