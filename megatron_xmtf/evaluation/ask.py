@@ -56,7 +56,13 @@ def _rank(
 ) -> dict[int, tuple[list[bool], set[int]]]:
     """Rank the choices of all tasks; return by task whether each example is right, and which were truncated."""
     parts: list[RankedPairs] = [
-        build_pairs(task.examples, settings=task.settings, tokenizer=tokenizer, max_length=backend.max_length)
+        build_pairs(
+            task.examples,
+            settings=task.settings,
+            tokenizer=tokenizer,
+            max_length=backend.max_length,
+            inputs_end_with_eos=backend.inputs_end_with_eos,
+        )
         for task in tasks
     ]
     pairs = [pair for part in parts for pair in part.pairs]
@@ -87,6 +93,7 @@ def _generate(
                 tokenizer=tokenizer,
                 max_new_tokens=generation.max_new_tokens,
                 stop=generation.stop,
+                inputs_eos=task.settings.inputs_eos,
                 advance=progress.advance,
             )
             right = [is_exact_match(text, example.target) for text, example in zip(texts, task.examples, strict=True)]

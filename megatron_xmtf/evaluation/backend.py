@@ -63,6 +63,11 @@ class Backend(Protocol):
         """Ids below this one have an embedding."""
         ...
 
+    @property
+    def inputs_end_with_eos(self) -> bool:
+        """Whether the model was trained on inputs that end with the end-of-sequence token."""
+        ...
+
     def score(self, pairs: Sequence[Pair], *, advance: Callable[[int], None] = ignore_progress) -> list[float]:
         """Return for each pair the sum of log p(target token | inputs, target tokens before it), natural logarithm.
 

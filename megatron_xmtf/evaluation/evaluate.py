@@ -117,17 +117,24 @@ def _on_checkpoint(
     """Build this rank's part of the model, load its weights, and ask."""
     from megatron_xmtf.checkpoint.sharded import load_model_weights
     from megatron_xmtf.evaluation.megatron import MegatronBackend
-    from megatron_xmtf.models.architecture import architecture_from_mapping
+    from megatron_xmtf.evaluation.megatron_encoder_decoder import EncoderDecoderMegatronBackend
+    from megatron_xmtf.models.architecture import EncoderDecoderArchitecture, architecture_from_mapping
     from megatron_xmtf.models.registry import build_model
     from megatron_xmtf.parallel.topology import destroy_parallel, initialize_parallel
 
     tokenizer = Tokenizer.load(checkpoint / "hf")
     topology = initialize_parallel(parallel, seed=0)
     try:
-        architecture = architecture_from_mapping(open_manifest(checkpoint).architecture)
+        manifest = open_manifest(checkpoint)
+        architecture = architecture_from_mapping(manifest.architecture)
         chunks = build_model(architecture, parallel=parallel, precision=precision)
         load_model_weights(chunks, checkpoint)
         backend = MegatronBackend(chunks, pad_id=tokenizer.pad_id)
+        if isinstance(architecture, EncoderDecoderArchitecture):
+            encoder_eos = (manifest.config or {}).get("batch", {}).get("encoder_eos", True)
+            backend = EncoderDecoderMegatronBackend(
+                chunks, pad_id=tokenizer.pad_id, inputs_end_with_eos=bool(encoder_eos)
+            )
         return ask(*arguments, backend=backend, tokenizer=tokenizer, show_progress=topology.rank == 0)
     finally:
         destroy_parallel()

@@ -18,10 +18,12 @@ def generate_texts(
     tokenizer: Tokenizer,
     max_new_tokens: int,
     stop: Sequence[str] = (),
+    inputs_eos: bool | None = None,
     advance: Callable[[int], None] = ignore_progress,
 ) -> tuple[list[str], set[int]]:
     """Continue each prompt with the most probable token until EOS, `max_new_tokens` or a stop string.
 
+    Args:    inputs_eos: end prompts with EOS; None: as the model was trained.
     Returns: the texts behind the prompts, and the positions of the prompts that lost tokens on the left because they
              left no room for `max_new_tokens` in the model.
 
@@ -37,6 +39,8 @@ def generate_texts(
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:
             raise ConfigError(f"prompt {prompt!r} becomes no token with this tokenizer; write something in it.")
+    ends = backend.inputs_end_with_eos if inputs_eos is None else inputs_eos
+    encoded = [[*ids, tokenizer.eos_id] if ends else ids for ids in encoded]
     truncated = {position for position, ids in enumerate(encoded) if room is not None and len(ids) > room}
     fitting = [ids[-room:] if room is not None else ids for ids in encoded]
     answers = backend.generate(fitting, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id, advance=advance)

@@ -39,6 +39,8 @@ class HuggingFaceBackend:
         on_gpu = model.device.type == "cuda"
         self.logits_per_batch = logits_per_batch or logits_at_once(self.vocab_size, on_gpu=on_gpu)
         self.max_length: int | None = model.config.to_dict().get("max_position_embeddings")
+        # Nothing in a directory says so; tokenizers of encoder-decoders end inputs with it.
+        self.inputs_end_with_eos = bool(model.config.is_encoder_decoder)
 
     @staticmethod
     def load(directory: Path | str) -> HuggingFaceBackend:

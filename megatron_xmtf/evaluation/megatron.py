@@ -22,9 +22,9 @@ from torch import Tensor
 from megatron_xmtf.data.batch import Batch, build_batch
 from megatron_xmtf.data.rows import Row, empty_row, pack_examples
 from megatron_xmtf.evaluation.backend import Pair, ignore_progress, logits_at_once, require_finite
-from megatron_xmtf.models.forward import device_of, run_forward, run_logits
+from megatron_xmtf.models.forward import MicroBatch, device_of, run_forward, run_logits
 
-__all__ = ["MegatronBackend"]
+__all__ = ["BATCHES_PER_RUN", "ROW_MULTIPLE", "ROW_TOKENS", "MegatronBackend", "best_at_end", "sum_of_segments"]
 
 ROW_TOKENS = 256
 """Tokens of a row where no pair is longer: attention's cost per token grows with the row."""
@@ -48,6 +48,7 @@ class MegatronBackend:
         on_gpu = device_of(self.chunks).type == "cuda"
         self.logits_per_batch = logits_per_batch or logits_at_once(local_words, on_gpu=on_gpu)
         self.max_length: int | None = None  # ALiBi has no last position
+        self.inputs_end_with_eos = False
 
     def score(self, pairs: Sequence[Pair], *, advance: Callable[[int], None] = ignore_progress) -> list[float]:
         """Score pairs packed into rows (see `Backend.score`)."""
@@ -59,7 +60,7 @@ class MegatronBackend:
         batches = self._batches(rows, sequence_length)
         scores = [math.nan] * len(pairs)
         for run in self._runs(batches):
-            for scored in run_forward(self.chunks, run, _sum_of_segments):
+            for scored in run_forward(self.chunks, run, sum_of_segments):
                 for position, score in scored:
                     scores[position] = score
             advance(sum(batch.num_examples for batch in run))
@@ -94,18 +95,22 @@ class MegatronBackend:
         """Return the most probable token behind each text; a row holds one text."""
         sequence_length = _round_up(max(map(len, texts)))
         rows = [pack_examples([((), text)], sequence_length=sequence_length, pad_id=self.pad_id)[0] for text in texts]
-        found = run_logits(self.chunks, self._batches(rows, sequence_length), _best_at_end)
+        found = run_logits(self.chunks, self._batches(rows, sequence_length), best_at_end)
         return [token for tokens in found for token in tokens]
 
     def _batches(self, rows: Sequence[Row], sequence_length: int) -> list[Batch]:
         """Deal rows to micro-batches of one size, the last completed with empty rows."""
-        tp_size = parallel_state.get_tensor_model_parallel_world_size()
-        ranks = parallel_state.get_data_parallel_world_size() * parallel_state.get_pipeline_model_parallel_world_size()
-        within_memory = self.logits_per_batch * tp_size // (sequence_length * self.vocab_size)
-        size = max(1, min(within_memory, -(-len(rows) // ranks)))
+        size = self._batch_size(len(rows), tokens=sequence_length)
         padding = [empty_row(sequence_length=sequence_length, pad_id=self.pad_id)] * (-len(rows) % size)
         full = [*rows, *padding]
         return [build_batch(full[i : i + size], normalization="target_token") for i in range(0, len(full), size)]
+
+    def _batch_size(self, rows: int, *, tokens: int) -> int:
+        """Return the rows of a micro-batch: within memory, and enough micro-batches for all ranks."""
+        tp_size = parallel_state.get_tensor_model_parallel_world_size()
+        ranks = parallel_state.get_data_parallel_world_size() * parallel_state.get_pipeline_model_parallel_world_size()
+        within_memory = self.logits_per_batch * tp_size // (tokens * self.vocab_size)
+        return max(1, min(within_memory, -(-rows // ranks)))
 
     def _runs(self, batches: Sequence[Batch]) -> list[list[Batch]]:
         dp_size = parallel_state.get_data_parallel_world_size()
@@ -113,7 +118,7 @@ class MegatronBackend:
         return [list(batches[i : i + count]) for i in range(0, len(batches), count)]
 
 
-def _sum_of_segments(batch: Batch, losses: Tensor) -> list[tuple[int, float]]:
+def sum_of_segments(batch: MicroBatch, losses: Tensor) -> list[tuple[int, float]]:
     """Return (position of the pair, its log-probability) of each segment of a batch.
 
     Args:  losses: fp32 [micro_batch, sequence], -log p(label).
@@ -122,14 +127,15 @@ def _sum_of_segments(batch: Batch, losses: Tensor) -> list[tuple[int, float]]:
     num_segments = max(len(row.example_ids) for row in batch.rows)
     sums = torch.zeros(len(batch.rows), num_segments + 1, dtype=torch.float64, device=losses.device)
     sums.scatter_add_(1, batch.segment_ids, weighted.double())  # [micro_batch, segment], column 0 is padding
+    examples = [row.example_ids for row in batch.rows]
     return [
         (int(position), score)
-        for row, row_sums in zip(batch.rows, sums.tolist(), strict=True)
-        for position, score in zip(row.example_ids, row_sums[1 : len(row.example_ids) + 1], strict=True)
+        for of_row, row_sums in zip(examples, sums.tolist(), strict=True)
+        for position, score in zip(of_row, row_sums[1 : len(of_row) + 1], strict=True)
     ]
 
 
-def _best_at_end(batch: Batch, logits: Tensor) -> list[int]:
+def best_at_end(batch: MicroBatch, logits: Tensor) -> list[int]:
     """Return the most probable token behind each row that is not empty.
 
     Args:  logits: fp32 [micro_batch, sequence, vocab_size].

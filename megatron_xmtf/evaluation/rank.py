@@ -39,15 +39,24 @@ class RankedPairs:
 
 
 def build_pairs(
-    examples: Sequence[EvaluationExample], *, settings: TaskSettings, tokenizer: Tokenizer, max_length: int | None
+    examples: Sequence[EvaluationExample],
+    *,
+    settings: TaskSettings,
+    tokenizer: Tokenizer,
+    max_length: int | None,
+    inputs_end_with_eos: bool = False,
 ) -> RankedPairs:
     """Tokenise the inputs of each example once, and each of its choices as a continuation.
 
     Args:    max_length: most tokens of a pair. Inputs that are too long lose tokens on the left, the same number
              for every choice of an example, so that all are ranked behind the same inputs.
+             inputs_end_with_eos: as the model was trained; the task's own `inputs_eos` goes before it.
     Raises:  RecordError: inputs or a choice without a token, or a choice alone longer than the model takes.
     """
-    inputs = tokenizer.encode_batch([example.inputs for example in examples])
+    ends = inputs_end_with_eos if settings.inputs_eos is None else settings.inputs_eos
+    end = [tokenizer.eos_id] if ends else []
+    encoded = tokenizer.encode_batch([example.inputs for example in examples])
+    inputs = [[*ids, *end] if ids else [] for ids in encoded]
     texts = [settings.target_prefix + choice for example in examples for choice in example.choices]
     eos = [tokenizer.eos_id] if settings.score_eos else []
     targets = iter([*ids, *eos] if ids else [] for ids in tokenizer.encode_batch(texts))

@@ -76,6 +76,9 @@ class TaskSettings(_Section):
     """Put before each choice, as preprocessing puts it before each target. " ": BLOOMZ."""
     score_eos: bool = False
     """Score the end-of-sequence token behind each choice too. False: BLOOMZ."""
+    inputs_eos: bool | None = None
+    """End inputs with the end-of-sequence token. None: as the model was trained (`batch.encoder_eos`); true for an
+    encoder-decoder whose training is not known, false for a decoder-only model. False: T0's own evaluation."""
     generation: GenerationSettings | None = None
     """For exact_match: how answers are generated. None: the defaults."""
     chance: Fraction | None = None

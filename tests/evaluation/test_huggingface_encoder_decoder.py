@@ -123,7 +123,7 @@ def test_a_task_is_ranked_as_by_hand(backend: HuggingFaceBackend, reference, tin
     encode = Tokenizer.load(tiny_mt5_hf).encode_batch
     right = 0
     for record in records:
-        pairs = [(encode([record["inputs"]])[0], ids) for ids in encode(words)]
+        pairs = [([*encode([record["inputs"]])[0], EOS], ids) for ids in encode(words)]
         scores = scores_one_by_one(reference, pairs)
         right += words[scores.index(max(scores))] == record["targets"]
     [result] = evaluate_huggingface(tiny_mt5_hf, load_tasks([tmp_path / "tasks.yaml"]), own_process=False)
