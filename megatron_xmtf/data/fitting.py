@@ -66,13 +66,17 @@ class FittingExamples:
     """Labels that the loss is taken over; the same type. In rows of two sides they are the decoder's tokens, and the
     encoder's are `lengths - target_tokens`."""
     left_out: LeftOut
+    input_ends: int = 0
+    """Tokens that rows put behind the inputs of each, counted in `lengths`: 1 where EOS ends an encoder's inputs."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def only(self, chosen: NDArray[np.bool_] | NDArray[np.integer]) -> FittingExamples:
         """Return some of these examples, with nothing left out beside them."""
-        return FittingExamples(self.ids[chosen], self.lengths[chosen], self.target_tokens[chosen], LeftOut())
+        return FittingExamples(
+            self.ids[chosen], self.lengths[chosen], self.target_tokens[chosen], LeftOut(), self.input_ends
+        )
 
 
 def segment_tokens(
@@ -149,6 +153,7 @@ def fit_examples(
             truncated=int(np.count_nonzero(cut)),
             empty=int(np.count_nonzero(looked_at & ~has_target)),
         ),
+        input_ends=encoder_ends(dataset, sequence_length) if isinstance(sequence_length, EncoderDecoderLengths) else 0,
     )
 
 

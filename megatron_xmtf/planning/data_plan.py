@@ -58,6 +58,30 @@ class ObjectivePlan(ObjectiveCounts):
     entry: str
 
 
+class SidesPlan(TypedDict):
+    """How the two sides of an encoder-decoder's rows are filled."""
+
+    encoder_length: int
+    decoder_length: int
+    encoder_fill_fraction: float
+    decoder_fill_fraction: float
+    fewest_rows: int
+    """No packing of the same examples has fewer rows."""
+
+
+def _sides(index: PackingIndex) -> SidesPlan | None:
+    lengths, statistics = index.row_lengths, index.statistics
+    if isinstance(lengths, int):
+        return None
+    return {
+        "encoder_length": lengths.encoder_length,
+        "decoder_length": lengths.decoder_length,
+        "encoder_fill_fraction": statistics["encoder_fill_fraction"],
+        "decoder_fill_fraction": statistics["decoder_fill_fraction"],
+        "fewest_rows": statistics["fewest_rows"],
+    }
+
+
 class DataPlan(TypedDict):
     """What `xmtf plan CONFIG --json` prints under `data`."""
 
@@ -65,6 +89,8 @@ class DataPlan(TypedDict):
     """Directory of the packing index, which training opens."""
     key: str
     sequence_length: int
+    sides: SidesPlan | None
+    """Of the rows of an encoder-decoder; None for rows of one line."""
     long_examples: str
     normalization: str
     run: RunTotals
@@ -172,6 +198,7 @@ def plan_data(
         "index": str(path),
         "key": index.key,
         "sequence_length": index.sequence_length,
+        "sides": _sides(index),
         "long_examples": index.long_examples,
         "normalization": normalization,
         "run": _run_totals(config, entries, fill=row_fill(draws.row_tokens, capacity=capacity)),

@@ -118,10 +118,10 @@ def _unread(plan: DataPlan) -> Found:
 
 def _lost(plan: DataPlan) -> Found:
     """Word what is dropped, cut or empty, by language and by dataset, where it is more than a few."""
+    longer = "batch.encoder_length or batch.decoder_length" if plan["sides"] else "batch.sequence_length"
     remedies = {
-        "dropped": "are too long and dropped: raise batch.sequence_length, or set data.long_examples to "
-        "truncate_inputs_left",
-        "truncated": "lose a part of their inputs: raise batch.sequence_length",
+        "dropped": f"are too long and dropped: raise {longer}, or set data.long_examples to truncate_inputs_left",
+        "truncated": f"lose a part of their inputs: raise {'batch.encoder_length' if plan['sides'] else longer}",
         "empty": "have no target: look at the templates with `xmtf inspect`",
     }
     for name, words in remedies.items():

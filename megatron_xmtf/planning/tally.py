@@ -139,7 +139,7 @@ def _block_values(
 ) -> dict[str, NDArray[Any]]:
     """Return what each example of a block adds to the sums of its group; the ids of what fits ascend."""
     fitting, selected, available = readable.fitting, readable.is_selected[block], readable.is_available[block]
-    whole = dataset.input_lengths[block].astype(np.int64) + dataset.target_lengths[block]
+    whole = dataset.input_lengths[block].astype(np.int64) + dataset.target_lengths[block] + fitting.input_ends
     has_target = np.asarray(dataset.target_lengths[block]) > 0
     bounds = np.searchsorted(fitting.ids, np.array([block.start, block.stop], fitting.ids.dtype))
     inside = slice(int(bounds[0]), int(bounds[1]))

@@ -60,13 +60,20 @@ def data_plan_page(plan: DataPlan, *, title: str) -> Page:
         page.section("Mixture", Page.figure(component_bars(shown), caption + more))
     caption = (
         f"Median {lengths['median']:,}, mean {lengths['mean']:,.1f}, 95 % up to {lengths['percentile_95']:,}, longest "
-        f"{lengths['longest']:,} tokens; a row holds {plan['sequence_length'] + 1:,}."
+        f"{lengths['longest']:,} tokens; a row holds {_room(plan)}."
     )
     page.section("Lengths", Page.figure(length_bars(lengths), caption))
     if plan["guards"]["contamination"]:
         page.section("Texts of evaluation tasks in the data", *_contamination(plan))
     page.section("All figures", *_tables(plan))
     return page
+
+
+def _room(plan: DataPlan) -> str:
+    sides = plan["sides"]
+    if sides is None:
+        return f"{plan['sequence_length'] + 1:,}"
+    return f"{sides['encoder_length']:,} of inputs and {sides['decoder_length']:,} of targets"
 
 
 def _language_parts(plan: DataPlan) -> list[Html]:

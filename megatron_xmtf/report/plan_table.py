@@ -113,6 +113,7 @@ def _word_run(plan: DataPlan) -> str:
             f"{100 * fill['mean_fraction']:.2f} % filled, 99 % of them at least "
             f"{100 * fill['percentile_1_fraction']:.1f} %; {run['examples_per_row']:,.1f} examples in a row",
         ),
+        *_word_sides(plan),
         (
             "lengths",
             f"median {lengths['median']:,}, mean {lengths['mean']:,.1f}, 95 % up to {lengths['percentile_95']:,}, "
@@ -124,6 +125,20 @@ def _word_run(plan: DataPlan) -> str:
         ("index", plan["index"]),
     ]
     return "\n".join(f"{name:<9}{words}" for name, words in lines)
+
+
+def _word_sides(plan: DataPlan) -> list[tuple[str, str]]:
+    sides = plan["sides"]
+    if sides is None:
+        return []
+    return [
+        (
+            "sides",
+            f"encoder {100 * sides['encoder_fill_fraction']:.2f} % of {sides['encoder_length']:,} tokens, decoder "
+            f"{100 * sides['decoder_fill_fraction']:.2f} % of {sides['decoder_length']:,}; no packing of these "
+            f"examples has fewer than {sides['fewest_rows']:,} rows",
+        )
+    ]
 
 
 def _word_guards(plan: DataPlan) -> str:
