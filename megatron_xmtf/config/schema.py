@@ -84,6 +84,10 @@ class RunConfig(Section):
             )
         if self.evaluation.interval is not None and not self.data.validation_datasets:
             raise ValueError("evaluation.interval is set, but data.validation names no dataset to measure")
+        if self.checkpoint.keep_best is not None and self.evaluation.interval is None:
+            raise ValueError(
+                f"checkpoint.keep_best needs evaluation.interval: {self.checkpoint.keep_best.metric} is never measured"
+            )
         if schedule.train_rows is not None and self.train_rows != schedule.train_rows:
             below, above = self.train_rows, batch.step_rows.before(self.train_steps + 1)
             if batch.rampup_batch_size is None:

@@ -55,3 +55,8 @@ def test_a_metric_that_is_not_measured_is_named(run_config: Callable[..., RunCon
     with pytest.raises(ConfigError, match=r"keep_best.metric='loss/sen' is not measured; nearest: loss/seen"):
         run_ranks(train_rank, world_size=2, arguments=(prepared,))
     assert read_metrics(Path(config.output)).keys() == {1}
+
+
+def test_the_best_of_what_is_never_measured_is_refused(run_config: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep_best needs evaluation\.interval"):
+        run_config(checkpoint={"keep_best": {"metric": "loss/seen"}})
