@@ -113,6 +113,7 @@ def start_engine(
         precision=config.precision,
         recompute=config.recompute,
         kernels=config.kernels,
+        dropout=config.dropout,
         encoder_length=ENCODER_LENGTH,
         decoder_length=DECODER_LENGTH,
     )
