@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.utils import unwrap_model
+from transformers import MT5ForConditionalGeneration
 
 from megatron_xmtf.config import ParallelConfig, RunConfig, config_from_mapping
 from megatron_xmtf.config.row_lengths import EncoderDecoderLengths
@@ -27,7 +28,7 @@ from megatron_xmtf.training.metrics import StepCounts, StepRates
 from megatron_xmtf.training.prepare import PreparedRun, prepare_run
 from megatron_xmtf.training.replica_check import check_replicas
 from megatron_xmtf.training.trainer import Trainer, train_rank
-from tests.encoder_decoder import batches_of, pack
+from tests.encoder_decoder import batches_of, by_our_names, pack, shards
 from tests.layouts import PP, TP
 from tests.tiny import random_examples, write_records, write_tiny_mt5
 
@@ -165,6 +166,28 @@ def test_a_drifted_table_is_named(run_config: Callable[..., RunConfig]) -> None:
     prepared = prepare_run(run_config(parallel={PP: 2}), world_size=2)
     with pytest.raises(ReplicaDriftError, match=r"encoder\.relative_attention_bias\.weight over pipeline stages"):
         run_ranks(rank_with_drift, world_size=2, arguments=(prepared,))
+
+
+def rank_main_parameters(prepared: PreparedRun, whole: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Return the largest difference of main parameters from the fp32 weights, and of the rounded weights."""
+    trainer = Trainer(prepared, initialize_parallel(prepared.config.parallel, seed=1))
+    found = {"main": 0.0, "rounded": 0.0}
+    for name, _, offset, part, parameter in shards(trainer.chunks):
+        begin = (part.data_ptr() - parameter.data_ptr()) // part.element_size()
+        main = parameter.main_param.reshape(-1)[begin : begin + part.numel()].view(part.shape)
+        place = tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))
+        found["main"] = max(found["main"], float((main - whole[name][place]).abs().max()))
+        found["rounded"] = max(found["rounded"], float((part.float() - whole[name][place]).abs().max()))
+    return found
+
+
+def test_a_half_precision_run_starts_from_unrounded_weights(mt5: Path, run_config: Callable[..., RunConfig]) -> None:
+    prepared = prepare_run(run_config(precision="bf16", parallel={TP: 2}), world_size=2)
+    assert isinstance(prepared.architecture, EncoderDecoderArchitecture)
+    state = MT5ForConditionalGeneration.from_pretrained(mt5 / "hf", dtype=torch.float32).state_dict()
+    whole = by_our_names(state, prepared.architecture)
+    for found in run_ranks(rank_main_parameters, world_size=2, arguments=(prepared, whole)):
+        assert found["main"] == 0.0 < found["rounded"]
 
 
 # Sizes
