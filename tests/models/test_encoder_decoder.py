@@ -28,7 +28,11 @@ ROWS = pack(EXAMPLES)[:12]
 # Micro-batches of two rows: one with a row of padding, and one of nothing else.
 ROWS = [*ROWS, row_of({}), ROWS[0], row_of({}), row_of({})]
 HELD = sorted({int(example) for row in ROWS for example in row.example_ids})
+# Four micro-batches, the last two rows of padding alone.
+CURVE_ROWS = ROWS[8:]
 STEPS = 20
+FEW_STEPS = 5
+"""Of layouts that combine what others do alone; there communication is slow on two cores."""
 TOLERANCE = 1e-4
 VPP = "virtual_pipeline_model_parallel_size"
 
@@ -63,6 +67,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "reference-attention": (1, {"kernels": {"attention": "reference"}, "recompute": {"granularity": "selective"}}),
 }
+COMBINED = ("TP2-SP", "TP2-SP-PP2-distributed-optimizer", "reference-attention", "PP2-inside-the-encoder")
 
 
 @cache
@@ -118,7 +123,8 @@ def rank_result(name: str, config: RunConfig, rows: list[EncoderDecoderRow], ste
         logits = run_logits(engine.chunks, batches, lambda batch, logits: logits.numpy())
     engine.forward_backward(batches)
     gradients = engine.gradients()
-    curve = [engine.train_step(batches) for _ in range(steps)]
+    held = batches_of(CURVE_ROWS)
+    curve = [engine.train_step(held) for _ in range(steps)]
     with _parameters_gathered(engine.chunks, config):
         return logits, gradients, curve, engine.weights()
 
@@ -128,7 +134,7 @@ def results(name: str, layout: str) -> list[Result]:
     """Run a layout once for all that is asked of it."""
     ours(name), expected_gradients(name)  # once, before the ranks are forked
     world_size, sections = LAYOUTS[layout]
-    steps = STEPS if name == "mt5" else 3
+    steps = STEPS if name == "mt5" and layout not in COMBINED else FEW_STEPS
     return run_ranks(rank_result, world_size=world_size, arguments=(name, run_config(**sections), ROWS, steps))
 
 
@@ -172,7 +178,8 @@ def test_curve_equals_one_process(name: str, layout: str) -> None:
     [(_, _, wanted, _)] = results(name, "TP1")
     assert wanted[-1][0] < 0.9 * wanted[0][0], "the model must learn for the comparison to mean something"
     for _, _, curve, _ in results(name, layout):
-        for step, (mine, reference) in enumerate(zip(curve, wanted, strict=True), start=1):
+        assert len(curve) in (FEW_STEPS, STEPS)
+        for step, (mine, reference) in enumerate(zip(curve, wanted, strict=False), start=1):
             assert mine[0] == pytest.approx(reference[0], rel=TOLERANCE), f"loss of step {step}"
             assert mine[1] == pytest.approx(reference[1], rel=10 * TOLERANCE), f"gradient norm of step {step}"
 

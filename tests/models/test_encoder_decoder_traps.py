@@ -192,11 +192,20 @@ def expected_loss() -> float:
     return float(sum(losses)) / sum(len(EXAMPLES[number][1]) for number in numbers)
 
 
-@pytest.mark.parametrize("granularity", ["none", "selective", "full"])
+SEQUENCE_PARALLEL = {TP: 2, "sequence_parallel": True}
+
+
 @pytest.mark.parametrize(
-    ("world_size", "parallel"),
-    [(1, {}), (2, {TP: 2, "sequence_parallel": True}), (4, {TP: 2, PP: 2})],
-    ids=["TP1", "TP2-SP", "TP2-PP2"],
+    ("world_size", "parallel", "granularity"),
+    [
+        (1, {}, "none"),
+        (1, {}, "selective"),
+        (1, {}, "full"),
+        (2, SEQUENCE_PARALLEL, "none"),
+        (2, SEQUENCE_PARALLEL, "full"),
+        (4, {TP: 2, PP: 2}, "selective"),
+    ],
+    ids=["TP1", "TP1-selective", "TP1-full", "TP2-SP", "TP2-SP-full", "TP2-PP2-selective"],
 )
 def test_backward_and_recomputation_use_the_masks_of_the_forward_pass(
     world_size: int, parallel: dict[str, Any], granularity: str
