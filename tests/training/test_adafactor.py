@@ -286,6 +286,7 @@ def rank_first_half(prepared: PreparedRun) -> None:
     adafactor_steps(trainer, range(STEPS // 2))
     trainer.step = STEPS // 2
     trainer.save()
+    trainer.checkpoints.finish()  # it is written beside the training
 
 
 def rank_second_half(prepared: PreparedRun) -> list[Shard]:
