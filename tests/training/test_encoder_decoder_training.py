@@ -254,6 +254,21 @@ def test_stages_are_cut_where_the_dearest_is_cheapest(
     assert found == wanted or dearest(ends) == dearest(tuple(sum(wanted[: part + 1]) for part in range(parts - 1)))
 
 
+def test_a_large_model_is_cut_as_its_docstring_says() -> None:
+    from dataclasses import replace
+
+    large = replace(
+        MT5_SMALL,
+        hidden_size=1024,
+        num_encoder_layers=24,
+        num_decoder_layers=24,
+        num_attention_heads=16,
+        ffn_hidden_size=2816,
+    )
+    split = stage_layers(large, ParallelConfig(**{PP: 4}), encoder_length=1024, decoder_length=256)
+    assert [[len(layers) for layers in stage] for stage in split] == [[9], [10], [16], [13]]
+
+
 def test_a_given_split_is_obeyed_in_the_order_of_the_pipeline() -> None:
     parallel = ParallelConfig(**{PP: 2, VPP: 2, "pipeline_layers": [3, 5, 7, 1]})
     MT5_SMALL.check_split(parallel)
