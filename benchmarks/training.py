@@ -47,7 +47,9 @@ REPOSITORY = Path(__file__).parents[1]
 HYPERPARAMETERS = {"learning_rate": 1e-4, "weight_decay": 0.01, "adam_beta2": 0.95}
 
 
-def run_side(side: str, job: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+def run_side(
+    side: str, job: dict[str, Any], arguments: argparse.Namespace, *, peers: str = "training_peers.py"
+) -> dict[str, Any]:
     """Run one side in a fresh process."""
     output = arguments.work / "output"
     shutil.rmtree(output, ignore_errors=True)
@@ -55,7 +57,7 @@ def run_side(side: str, job: dict[str, Any], arguments: argparse.Namespace) -> d
     job = {**job, "output": str(output / "run"), "result": str(output / "result.json")}
     (output / "job.json").write_text(json.dumps(job), encoding="utf-8")
     is_ours = side in ("ours", "loop")
-    program = REPOSITORY / "benchmarks" / ("training_ours.py" if is_ours else "training_peers.py")
+    program = REPOSITORY / "benchmarks" / ("training_ours.py" if is_ours else peers)
     python = sys.executable if is_ours else arguments.trl_python
     environment = {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
@@ -81,7 +83,7 @@ def make_job(
         raise SystemExit(f"{count} records are {rows} rows and {padded} micro-batches: too few for {steps} steps")
     sides = {"ours": rows, "trl": rows, "transformers": padded, "grouped": padded}
     return {
-        "bloom": str(write_model(arguments.work, words=words, family="bloom")),
+        "model": str(write_model(arguments.work, words=words, family="bloom")),
         "gpt2": str(write_model(arguments.work, words=words, family="gpt2")),
         "prefix": str(prefix),
         "examples": str(examples),
@@ -90,7 +92,7 @@ def make_job(
         "steps": steps,
         "micro_batch_size": MICRO_BATCH_SIZE,
         "accumulation": {side: total // steps for side, total in sides.items()},
-        "sequence_length": sequence_length,
+        "row_lengths": {"sequence_length": sequence_length},
         "attention": arguments.attention,
         **HYPERPARAMETERS,
     }
@@ -125,16 +127,14 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def measure_speed(
-    arguments: argparse.Namespace, *, words: int, count: int, longest: int, sequence_length: int, rounds: int
-) -> dict[str, Any]:
-    """Run all sides in turn with one vocabulary."""
-    sizes = {"words": words, "longest": longest, "sequence_length": sequence_length}
-    job = make_job(arguments, **sizes, count=count, steps=STEPS)
+def compare_sides(
+    arguments: argparse.Namespace, job: dict[str, Any], *, rounds: int, peers: str = "training_peers.py"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run all sides in turn; return what each did, and ours over each of the others."""
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in arguments.sides}
     for number in range(rounds):
         for side in arguments.sides:
-            runs[side].append(run_side(side, job, arguments))
+            runs[side].append(run_side(side, job, arguments, peers=peers))
             latest = counted(runs[side][-1])
             rate = latest["target_tokens"] / latest["seconds"]
             print(f"  round {number + 1} {side:<13}{rate:9.1f} target tokens/s", flush=True)
@@ -148,6 +148,16 @@ def measure_speed(
                 "rounds": [round(ours / theirs, 2) for ours, theirs in pairs],
                 "memory_ratio": round(sides["ours"]["peak_mib"] / sides[side]["peak_mib"], 2),
             }
+    return sides, ratios
+
+
+def measure_speed(
+    arguments: argparse.Namespace, *, words: int, count: int, longest: int, sequence_length: int, rounds: int
+) -> dict[str, Any]:
+    """Run all sides in turn with one vocabulary."""
+    sizes = {"words": words, "longest": longest, "sequence_length": sequence_length}
+    job = make_job(arguments, **sizes, count=count, steps=STEPS)
+    sides, ratios = compare_sides(arguments, job, rounds=rounds)
     found = {**sizes, "records": job["records"], "sides": sides, "ours_over": ratios}
     print_table(found)
     return found
@@ -174,7 +184,7 @@ def print_table(found: dict[str, Any]) -> None:
 def measure_agreement(arguments: argparse.Namespace) -> dict[str, Any]:
     """Let ours and transformers do one step over the same 8 records: one full row, one padded micro-batch."""
     job = make_job(arguments, words=TOKENIZER_WORDS, count=MICRO_BATCH_SIZE, longest=512, sequence_length=8, steps=1)
-    job["sequence_length"] = job["records"]["tokens"] - 1
+    job["row_lengths"] = {"sequence_length": job["records"]["tokens"] - 1}
     job["accumulation"] = {"ours": 1, "transformers": 1}
     ours, theirs = (run_side(side, job, arguments) for side in ("ours", "transformers"))
     assert ours["examples"] == MICRO_BATCH_SIZE, "the row holds each record once"

@@ -1,9 +1,10 @@
-"""Records, tokenizer, dataset and models for benchmarks/training.py, made once a working directory.
+"""Records, tokenizer, dataset and models for benchmarks/training.py and encoder_decoder.py, made once a directory.
 
 rendered real records, in a random order            benchmarks/rendered_records.py
   -> a byte-level BPE of 32,000 words trained on them
   -> the first records that fit `longest`           `xmtf preprocess`, and the same ids as JSON for the peers
-  -> random BLOOMs in the Hugging Face format, and GPT-2s of the same sizes for TRL, which supports no BLOOM
+  -> random BLOOMs in the Hugging Face format, and GPT-2s of the same sizes for TRL, which supports no BLOOM; mT5s as
+     wide as mT5-small
 """
 
 from __future__ import annotations
@@ -17,9 +18,20 @@ from typing import Any
 import numpy as np
 from rendered_records import write_records
 
-__all__ = ["HIDDEN_SIZE", "LAYERS", "LONGEST_ROW", "TOKENIZER_WORDS", "write_dataset", "write_model", "write_tokenizer"]
+__all__ = [
+    "HIDDEN_SIZE",
+    "LAYERS",
+    "LONGEST_ROW",
+    "MT5_SIZES",
+    "TOKENIZER_WORDS",
+    "write_dataset",
+    "write_model",
+    "write_tokenizer",
+]
 
 HIDDEN_SIZE, LAYERS, HEADS = 512, 8, 8
+MT5_SIZES = {"d_model": 512, "d_kv": 64, "num_heads": 6, "d_ff": 1024, "num_layers": 4, "num_decoder_layers": 4}
+"""Of mT5-small, with half of its layers."""
 TOKENIZER_WORDS = 32_000
 LONGEST_ROW = 2048
 """Positions that the GPT-2 learns; BLOOM has no such table."""
@@ -61,9 +73,12 @@ def write_tokenizer(work: Path, data: Path) -> Path:
     return directory
 
 
-def write_dataset(work: Path, data: Path, *, count: int, longest: int) -> tuple[Path, Path, dict[str, Any]]:
-    """Preprocess the first `count` distinct records of at most `longest` tokens.
+def write_dataset(
+    work: Path, data: Path, *, count: int, longest: int | tuple[int, int]
+) -> tuple[Path, Path, dict[str, Any]]:
+    """Preprocess the first `count` distinct records that fit.
 
+    Args:    longest: tokens of a record; of inputs and of targets, each with its EOS, where there are two.
     Returns: the prefix, the same examples as JSON [[inputs, targets], ...] in the same order, and their statistics.
     """
     from tokenizers import Tokenizer
@@ -72,14 +87,18 @@ def write_dataset(work: Path, data: Path, *, count: int, longest: int) -> tuple[
 
     tokenizer = write_tokenizer(work, data)
     fast = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    name = f"{count}-of-{longest}"
+    name = f"{count}-of-{longest if isinstance(longest, int) else 'x'.join(map(str, longest))}"
     chosen, known = [], set()
     with open(records_file(work, data), encoding="utf-8") as stream:
         for line in stream:
             row = json.loads(line)
             # The targets get a space before them and an EOS after them.
-            length = sum(map(len, (fast.encode(row["inputs"]), fast.encode(" " + row["targets"])))) + 1
-            if length <= longest and line not in known:
+            inputs, targets = len(fast.encode(row["inputs"])), len(fast.encode(" " + row["targets"])) + 1
+            if isinstance(longest, int):
+                fits = inputs + targets <= longest
+            else:
+                fits = inputs + 1 <= longest[0] and targets <= longest[1]
+            if fits and line not in known:
                 chosen.append(line)
                 known.add(line)
             if len(chosen) == count:
@@ -102,14 +121,23 @@ def write_dataset(work: Path, data: Path, *, count: int, longest: int) -> tuple[
         "length_mean": round(float(lengths.mean()), 1),
         "length_median": float(np.median(lengths)),
         "length_longest": int(lengths.max()),
+        "inputs_longest": max(len(inputs) for inputs, _ in examples),
+        "targets_longest": max(len(targets) for _, targets in examples),
     }
     return prefix, path, statistics
 
 
 def write_model(work: Path, *, words: int, family: str) -> Path:
-    """Write a random model; `family` is bloom, or gpt2 with the same layers, tanh-GELU fused as in ours."""
+    """Write a random model; `family` is bloom, mt5, or gpt2 with BLOOM's layers, tanh-GELU fused as in ours."""
     import torch
-    from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+    from transformers import (
+        BloomConfig,
+        BloomForCausalLM,
+        GPT2Config,
+        GPT2LMHeadModel,
+        MT5Config,
+        MT5ForConditionalGeneration,
+    )
 
     directory = work / f"{family}-{words}"
     if (directory / "config.json").is_file():
@@ -119,6 +147,10 @@ def write_model(work: Path, *, words: int, family: str) -> Path:
     if family == "bloom":
         sizes: dict[str, Any] = {"hidden_size": HIDDEN_SIZE, "n_layer": LAYERS, "n_head": HEADS, "vocab_size": words}
         model: Any = BloomForCausalLM(BloomConfig(**sizes, **ids))
+    elif family == "mt5":
+        # Weights as drawn by default give losses near 100.
+        sizes = {**MT5_SIZES, "vocab_size": words, "dropout_rate": 0.0, "initializer_factor": 0.05}
+        model = MT5ForConditionalGeneration(MT5Config(**sizes, **ids, decoder_start_token_id=ids["pad_token_id"]))
     else:
         sizes = {"n_embd": HIDDEN_SIZE, "n_layer": LAYERS, "n_head": HEADS, "vocab_size": words}
         sizes |= {"n_positions": LONGEST_ROW, "activation_function": "gelu_pytorch_tanh"}

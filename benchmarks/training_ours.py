@@ -1,4 +1,4 @@
-"""One run of ours for benchmarks/training.py: the path of `xmtf train`, in one process.
+"""One run of ours for benchmarks/training.py or encoder_decoder.py: the path of `xmtf train`, in one process.
 
     python benchmarks/training_ours.py --side ours|loop --job JOB.json
 
@@ -49,7 +49,7 @@ def run_config(job: dict[str, Any]) -> RunConfig:
     """Word the job as a run's configuration."""
     return RunConfig.model_validate(
         {
-            "model": job["bloom"],
+            "model": job["model"],
             "output": job["output"],
             "seed": 0,
             "precision": "fp32",
@@ -57,7 +57,7 @@ def run_config(job: dict[str, Any]) -> RunConfig:
             "batch": {
                 "micro_batch_size": 1,
                 "global_batch_size": job["accumulation"]["ours"],
-                "sequence_length": job["sequence_length"],
+                **job["row_lengths"],
             },
             "schedule": {"train_steps": job["steps"], "lr_decay_style": "constant", "lr_warmup_steps": 0},
             "optimizer": {

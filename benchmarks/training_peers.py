@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,13 @@ def main() -> None:
         {"input_ids": inputs + targets, "labels": [IGNORED] * len(inputs) + targets}
         for inputs, targets in json.loads(Path(job["examples"]).read_text(encoding="utf-8"))
     ]
-    watch = StepWatch()
     make = sft_trainer if arguments.side == "trl" else plain_trainer
-    trainer = make(examples, job, grouped=arguments.side == "grouped")
-    collate = trainer.data_collator
+    train(make(examples, job, grouped=arguments.side == "grouped"), job, side=arguments.side, contents=contents)
+
+
+def train(trainer: Any, job: dict[str, Any], *, side: str, contents: Callable[[Any], dict[str, int]]) -> None:
+    """Train, counting what each micro-batch holds, and write the result."""
+    watch, collate = StepWatch(), trainer.data_collator
     batches: list[dict[str, int]] = []
 
     def counted(features: Any) -> Any:
@@ -57,7 +61,7 @@ def main() -> None:
         "ends": watch.ends,
         "losses": losses,
         "grad_norms": norms,
-        "micro_batches": batches[: len(watch.ends) * job["accumulation"][arguments.side]],
+        "micro_batches": batches[: len(watch.ends) * job["accumulation"][side]],
         "peak_mib": peak_mib(),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
     }
@@ -66,7 +70,7 @@ def main() -> None:
 
 def plain_trainer(examples: list[dict[str, Any]], job: dict[str, Any], *, grouped: bool) -> Any:
     """Build `transformers.Trainer` over BLOOM."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(job["bloom"], dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     model.config.use_cache = False
     strategy = "group_by_length" if grouped else "sequential"
     settings = transformers.TrainingArguments(
@@ -103,7 +107,7 @@ def sft_trainer(examples: list[dict[str, Any]], job: dict[str, Any], *, grouped:
         gradient_accumulation_steps=job["accumulation"]["trl"],
         packing=True,
         packing_strategy="bfd",
-        max_length=job["sequence_length"],
+        max_length=job["row_lengths"]["sequence_length"],
         gradient_checkpointing=False,
         **common(job),
     )
