@@ -91,6 +91,36 @@ def tiny_t5(
     return _draw_t5_weights(T5ForConditionalGeneration(_tiny_t5_config(T5Config, **sizes, **settings)), seed=seed)
 
 
+def tiny_alexatm(*, seed: int = 0, vocab_size: int = VOCAB_SIZE, encoder_layers: int = 3, decoder_layers: int = 2):
+    """Return a Blenderbot with three tables of words, which is an AlexaTM; weights drawn wide."""
+    import torch
+    from transformers import BlenderbotConfig, BlenderbotForConditionalGeneration
+
+    config = BlenderbotConfig(
+        vocab_size=vocab_size,
+        d_model=48,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=56,
+        decoder_ffn_dim=56,
+        max_position_embeddings=64,
+        activation_function="gelu_new",
+        dropout=0.0,
+        tie_word_embeddings=False,
+    )
+    # From the configuration itself to generation: Blenderbot's forced EOS and its ban on repetition stay out.
+    config.forced_eos_token_id, config.encoder_no_repeat_ngram_size = None, 0
+    model = BlenderbotForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            center = 1.0 if "layer_norm.weight" in name else 0.0
+            parameter.copy_(center + 0.25 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 T5_SPECIAL = ("<pad>", "</s>", "<unk>", "<extra_id_0>")
 """Ids 0 to 3, the first three as in every T5."""
 

@@ -46,7 +46,7 @@ def directory_architecture(directory: Path | str) -> Architecture:
 def check_copies(model: HuggingFaceModel, mapping: FamilyMapping, parameters: list[MatchedParameter]) -> None:
     """Accept a stored copy of the embedding only where it is that, bit by bit.
 
-    Raises:  CheckpointError: names the copy that differs.
+    Raises:  CheckpointError: names the copy that differs, or the weight that should be zero and is not.
     """
     [embedding] = [parameter.hf[0] for parameter in parameters if parameter.ours == mapping.embedding]
     for name in mapping.copies:
@@ -54,6 +54,19 @@ def check_copies(model: HuggingFaceModel, mapping: FamilyMapping, parameters: li
             raise CheckpointError(
                 f"{model.directory}: {name} differs from {embedding}, and {mapping.description} has one table for "
                 "both, so it cannot be kept. Remove it if it is not meant to be used."
+            )
+    _check_zeros(model, mapping)
+
+
+def _check_zeros(model: HuggingFaceModel, mapping: FamilyMapping) -> None:
+    """Check that weights without a counterpart here add nothing.
+
+    Raises:  CheckpointError: one is not zero.
+    """
+    for name in mapping.zeros:
+        if name in model.tensors and bool(model.read(name).any()):
+            raise CheckpointError(
+                f"{model.directory}: {name} is not zero, and {mapping.description} has nothing that it could become."
             )
 
 

@@ -8,6 +8,7 @@ Nothing exists under the output's name before all of it is on the disk.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,15 +71,16 @@ def export_huggingface(
         headers = [
             TensorHeader(name, parameter.source_shape, dtype or reader.tensors[parameter.ours].dtype)
             for parameter in parameters
-            for name in parameter.hf
+            for name in (*parameter.hf, *(mapping.repeated[name] for name in parameter.hf if name in mapping.repeated))
         ]
         stored = {dtype_name(header.dtype) for header in headers}
         name = stored.pop() if len(stored) == 1 else "mixed"
         _write_config(temporary, name, architecture_class=mapping.architecture_class)
         shards = plan_shards(headers)
-        count = sum(torch.Size(header.shape).numel() for header in headers)
+        again = set(mapping.repeated.values())
+        count = sum(torch.Size(header.shape).numel() for header in headers if header.name not in again)
         total = sum(header.bytes for header in headers)
-        _write_weights(temporary, shards, reader=reader, parameters=parameters)
+        _write_weights(temporary, shards, reader=reader, parameters=parameters, repeated=mapping.repeated)
         _write_index(temporary, shards, parameters=count)
         card = model_card(manifest, dtype=name, parameters=count, architecture_class=mapping.architecture_class)
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -106,6 +108,7 @@ def _write_weights(
     *,
     reader: CheckpointReader,
     parameters: list[MatchedParameter],
+    repeated: Mapping[str, str],
 ) -> None:
     """Write all files of weights at once: what one stored chunk is taken apart into may lie in several."""
     total = sum(header.bytes for shard in shards.values() for header in shard)
@@ -119,11 +122,11 @@ def _write_weights(
             for start, end in reader.row_parts(parameter.ours, rows=parameter.shape[0]):
                 part = reader.read(parameter.ours, rows=(start, end))
                 for name, _, view in parameter.source_views(part, start=start):
-                    writer, dtype = writers[name]
-                    converted = convert_part(view, dtype=dtype, name=parameter.ours)
-                    writer.write(name, converted)
-                    progress.advance(round((written + converted.nbytes) / 1e6) - round(written / 1e6))
-                    written += converted.nbytes
+                    converted = convert_part(view, dtype=writers[name][1], name=parameter.ours)
+                    for target in (name, *([repeated[name]] if name in repeated else [])):
+                        writers[target][0].write(target, converted)
+                        progress.advance(round((written + converted.nbytes) / 1e6) - round(written / 1e6))
+                        written += converted.nbytes
 
 
 def _write_index(directory: Path, shards: dict[str, list[TensorHeader]], *, parameters: int) -> None:

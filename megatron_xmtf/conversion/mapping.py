@@ -21,7 +21,7 @@ A conversion is complete, every tensor of both sides matched exactly once, or an
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -80,7 +80,11 @@ class FamilyMapping:
     alternatives: tuple[str, ...] = ()
     """Those of `copies` under which alone a model may hold the embedding."""
     ignored: tuple[str, ...] = ()
-    """Names of weights that old files hold and no model uses; `transformers` drops them too."""
+    """Names of weights that files may hold and no model uses; `transformers` drops or does not read them either."""
+    zeros: tuple[str, ...] = ()
+    """Names of weights that have no counterpart here; accepted only if all of it is zero, never written."""
+    repeated: Mapping[str, str] = field(default_factory=dict)
+    """A name of the Hugging Face model -> one of `ignored` under which it is written again."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,7 @@ def match_names(
     parameters = expand_rows(mapping, prefix=prefix)
     if side == "hf":
         parameters = _with_alternative(mapping, parameters, found)
-        found -= {*mapping.copies, *mapping.ignored} - {parameter.hf[0] for parameter in parameters}
+        found -= {*mapping.copies, *mapping.ignored, *mapping.zeros} - {parameter.hf[0] for parameter in parameters}
     wanted = {name for parameter in parameters for name in (parameter.hf if side == "hf" else (parameter.ours,))}
     missing, unexpected = sorted(wanted - found), sorted(found - wanted)
     if missing or unexpected:

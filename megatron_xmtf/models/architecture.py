@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_xmtf.errors import CheckpointError, nearest_names
+from megatron_xmtf.models.alexatm_config import alexatm_from_hf
 from megatron_xmtf.models.bloom_architecture import BloomArchitecture, bloom_from_hf
 from megatron_xmtf.models.encoder_decoder_architecture import EncoderDecoderArchitecture, t5_from_hf
 from megatron_xmtf.models.split_sizes import VOCAB_DIVISOR
@@ -28,7 +29,7 @@ FAMILIES: dict[str, type[BloomArchitecture] | type[EncoderDecoderArchitecture]] 
     "alexatm": EncoderDecoderArchitecture,
 }
 """The `family` of a manifest -> its class."""
-MODEL_TYPES = ("bloom", "mt5", "t5")
+MODEL_TYPES = ("bloom", "mt5", "t5", "blenderbot")
 """The `model_type` of a config.json that is read."""
 
 
@@ -58,6 +59,8 @@ def architecture_from_hf(config: Mapping[str, Any], *, head_differs: bool | None
         return bloom_from_hf(config)
     if model_type in ("mt5", "t5"):
         return t5_from_hf(config, head_differs=head_differs)
+    if model_type == "blenderbot":
+        return alexatm_from_hf(config)
     raise CheckpointError(
         f"model_type {model_type!r} has no family here; {nearest_names(str(model_type), MODEL_TYPES)}."
     )

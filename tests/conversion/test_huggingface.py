@@ -231,7 +231,7 @@ def test_wrong_tensors_are_named(
     ("changes", "message"),
     [
         ({"auto_map": {"AutoModel": "evil.Model"}}, "names code to run"),
-        ({"model_type": "llama"}, "model_type 'llama' has no family here; known: bloom, mt5, t5"),
+        ({"model_type": "llama"}, "model_type 'llama' has no family here; known: blenderbot, bloom, mt5, t5"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=false"),
         ({"n_layer": 3}, r"missing \(12\)"),
