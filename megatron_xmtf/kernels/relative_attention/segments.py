@@ -184,7 +184,7 @@ def _probabilities(query: Tensor, key: Tensor, bias: Tensor | None, block: _Bloc
         if scale != 1.0:
             scores *= scale
     else:
-        scores = torch.baddbmm(_bias(bias, block), q_nqd, k_ndk, alpha=scale)
+        scores = _bias(bias, block).baddbmm_(q_nqd, k_ndk, alpha=scale)
     if block.hidden is not None:
         later = torch.ones(scores.shape[1:], dtype=torch.bool).triu_(block.hidden)
         scores.masked_fill_(later, float("-inf"))
@@ -192,7 +192,7 @@ def _probabilities(query: Tensor, key: Tensor, bias: Tensor | None, block: _Bloc
 
 
 def _bias(bias: Tensor, block: _Block) -> Tensor:
-    """Return a block's bias [n, queries, keys] out of [n, 2 L - 1]; see the module's docstring."""
+    """Return a block's bias [n, queries, keys], a copy, out of [n, 2 L - 1]; see the module's docstring."""
     smallest, count = block.distances
     begin = (bias.size(1) - 1) // 2 + smallest
     windows = bias[:, begin : begin + count].float().unfold(1, block.keys.stop - block.keys.start, 1)
@@ -202,14 +202,15 @@ def _bias(bias: Tensor, block: _Block) -> Tensor:
 def _add_diagonals(of_bias: Tensor, of_scores: Tensor, block: _Block) -> None:
     """Add the diagonals of [n, queries, keys] to the entries of [n, 2 L - 1] that `_bias` read.
 
-    flipped      a b c     padded    a b c 0     read in rows    a b c 0          sums  a  b+d  c+e  f
-    2 queries    d e f     by 2 - 1  d e f 0     one longer      . d e f 0
+    scores       a b c     behind 2 - 1    0 a b c     read in rows    0 a b c 0          sums  d  a+e  b+f  c
+    2 queries    d e f     zeros           0 d e f     one longer      d e f . .
     """
     smallest, count = block.distances
-    heads, queries, keys = of_scores.shape
-    padded = torch.nn.functional.pad(of_scores.flip(1), (0, queries)).flatten(1)
+    heads, queries, _ = of_scores.shape
+    padded = of_scores.new_zeros(heads, queries * (count + 1))
+    padded[:, : queries * count].view(heads, queries, count)[:, :, queries - 1 :] = of_scores
     begin = (of_bias.size(1) - 1) // 2 + smallest
-    of_bias[:, begin : begin + count] += padded[:, : queries * count].view(heads, queries, count).sum(1)
+    of_bias[:, begin : begin + count] += padded.view(heads, queries, count + 1).sum(1)[:, :count]
 
 
 def _keep(probabilities: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
