@@ -29,11 +29,13 @@ __all__ = [
     "DatasetError",
     "DiskFullError",
     "ExitCode",
+    "HangError",
     "MissingError",
     "NonFiniteError",
     "RankFailedError",
     "RecordError",
     "ReplicaDriftError",
+    "StoppedError",
     "TemplateError",
     "TokenizerError",
     "XmtfError",
@@ -105,6 +107,18 @@ class CorruptCheckpointError(CheckpointError):
     """A checkpoint that is incomplete, altered, or holds something that may not be read."""
 
     exit_code = ExitCode.CORRUPT_CHECKPOINT
+
+
+class HangError(XmtfError, TimeoutError):
+    """A rank made no progress for longer than its phase may take; names rank, host, step and phase."""
+
+    exit_code = ExitCode.HANG
+
+
+class StoppedError(XmtfError, RuntimeError):
+    """A run that a signal stopped before it had begun; the same command goes on."""
+
+    exit_code = ExitCode.REQUEUE
 
 
 class NonFiniteError(XmtfError, ArithmeticError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -64,8 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     # With --json standard output holds the result alone; the lines of the steps go where the other messages are.
     with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
         result = train(config, nproc=arguments.nproc, allowed_changes=arguments.allow_change)
-    if result is None:
-        return 0
+    if os.environ.get("RANK", "0") != "0":
+        return result["exit_code"]
     if arguments.json:
         import json
 
@@ -77,14 +78,19 @@ def run(arguments: argparse.Namespace) -> int:
             f"trained steps {result['first_step']} to {result['last_step']}: loss {result['first_loss']:.4f} -> "
             f"{result['last_loss']:.4f}; checkpoint {result['checkpoint']}"
         )
-    return 0
+        if result["stopped_by"]:
+            print(f"stopped by {result['stopped_by']}; {_remedy(result['exit_code'])}")
+    return result["exit_code"]
+
+
+def _remedy(exit_code: int) -> str:
+    return "the same command goes on" if exit_code else "remove the file, and the same command goes on"
 
 
 def _dry_run(config: RunConfig, arguments: argparse.Namespace) -> int:
     """Check and size; under a launcher on its first rank alone."""
     import json
     import logging
-    import os
 
     from megatron_xmtf.parallel.launch import joined_by_launcher, prepare_to_fork
     from megatron_xmtf.parallel.topology import world_size_from_environment

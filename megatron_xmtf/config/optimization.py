@@ -135,6 +135,22 @@ class LossConfig(Section):
     in the global batch. A dataset is a prefix; entries that select parts of one prefix are one dataset. One with few
     tokens in a step weighs as much as one with many: meant for global batches that hold all datasets.
     """
+    non_finite: Literal["error", "skip"] = "error"
+    """What a NaN or Inf in the loss or a gradient does, before any weight is touched. error: the run ends with exit
+    code 7. skip: the step's rows are passed over on all ranks. Either way `OUT/bad_steps.jsonl` names the examples. An
+    fp16 overflow of gradients is neither: the loss scale falls."""
+    max_skipped_steps: PositiveInt = 10
+    """Steps that `non_finite: skip` and `spike_window` may pass over in the whole run; one more ends it with exit code
+    7. 10: ours; a healthy run skips none."""
+    spike_window: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """Steps whose mean and standard deviation a loss is held against; one too far above is a spike, and its step is
+    passed over before the update. None: no step is. Skipping the data around a spike is PaLM's cure (Chowdhery et al.
+    2022, arXiv:2204.02311, section 5.1), who went back 100 steps and skipped 200 to 500 batches by hand."""
+    spike_deviations: Annotated[float, Field(gt=0)] = 6.0
+    """Standard deviations above the mean of `spike_window` from which a loss is a spike. 6: ours; of normal noise one
+    step in 10^9."""
+    spike_skip_steps: PositiveInt = 1
+    """Steps passed over from a spike on, itself included."""
 
 
 class DropoutConfig(Section):

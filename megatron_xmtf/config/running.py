@@ -14,7 +14,9 @@ __all__ = [
     "KeepBestConfig",
     "LoggingConfig",
     "ProfileConfig",
+    "StopConfig",
     "WandbConfig",
+    "WatchdogConfig",
 ]
 
 
@@ -109,3 +111,33 @@ class LoggingConfig(Section):
     replica_check_interval: PositiveInt | None = 1000
     """Steps between comparisons, bit by bit, of parameters that several ranks hold; drift ends the run. None: never.
     A comparison reads the weights once and exchanges 16 bytes a parameter tensor."""
+
+
+class StopConfig(Section):
+    """When a run stops by itself, and how long it may take; signals and the file `OUT/stop` stop it as well."""
+
+    time_limit_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes after its start at which a run saves and ends with exit code 3. None: no limit of its own."""
+    slurm_margin_minutes: Annotated[float, Field(ge=0)] = 10.0
+    """Minutes before the end of a Slurm job (SLURM_JOB_END_TIME) at which the same happens. 10: Slurm's
+    `--signal=USR1@600`, as in ml-engineering's guide; a step and a save must fit."""
+    grace_minutes: Annotated[float, Field(gt=0)] = 10.0
+    """Minutes that local ranks have, from a signal, to finish their step and save before the launcher kills them.
+    10: ours, as long as the margin above."""
+
+
+class WatchdogConfig(Section):
+    """How long a rank may go without progress before it ends the job with exit code 6, naming who is stuck."""
+
+    enabled: bool = True
+    """Whether anybody watches."""
+    progress_minutes: Annotated[float, Field(gt=0)] = 9.0
+    """Minutes without a micro-batch begun, an update done or a batch read, however long the step as a whole takes. 9:
+    less than `parallel.distributed_timeout_minutes`, whose error names neither the rank nor what it did."""
+    start_minutes: Annotated[float, Field(gt=0)] = 60.0
+    """The same for loading the model, and for the first step, which compiles kernels. 60: ours."""
+    validation_minutes: Annotated[float, Field(gt=0)] = 60.0
+    """The same for one measurement of the validation losses. 60: ours."""
+    save_minutes: Annotated[float, Field(gt=0)] = 90.0
+    """The same for what training waits for at a save. 90: ours; the save before may take `write_timeout_minutes`, and
+    without `async_save` this one as well."""

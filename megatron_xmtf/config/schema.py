@@ -13,7 +13,15 @@ from pydantic import Field, model_validator
 from megatron_xmtf.config.data import DataConfig, DatasetConfig, GuardsConfig
 from megatron_xmtf.config.optimization import DropoutConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from megatron_xmtf.config.parallel import BatchConfig, KernelsConfig, ParallelConfig, RampupConfig, RecomputeConfig
-from megatron_xmtf.config.running import CheckpointConfig, EvaluationConfig, LoggingConfig, ProfileConfig, WandbConfig
+from megatron_xmtf.config.running import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ProfileConfig,
+    StopConfig,
+    WandbConfig,
+    WatchdogConfig,
+)
 from megatron_xmtf.config.section import Section
 
 __all__ = [
@@ -34,7 +42,9 @@ __all__ = [
     "RecomputeConfig",
     "RunConfig",
     "ScheduleConfig",
+    "StopConfig",
     "WandbConfig",
+    "WatchdogConfig",
 ]
 
 
@@ -42,7 +52,11 @@ class RunConfig(Section):
     """One training run."""
 
     model: str
-    """Hugging Face directory or checkpoint whose weights the run starts from."""
+    """Hugging Face directory or checkpoint whose weights the run starts from. `preset:NAME`: an architecture of
+    `models/presets.py` with random weights, which follow from `seed`."""
+    tokenizer: str | None = None
+    """Directory of the tokenizer that a `preset:NAME` is made for: padding, EOS and the decoder's start are its ids.
+    None: the model's own, and only that."""
     output: str
     """Directory of the run: `metrics.jsonl`, `config.yaml`, `checkpoints/`, `status.json`."""
     data: DataConfig
@@ -59,12 +73,19 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
+    stop: StopConfig = StopConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     seed: Annotated[int, Field(ge=0, strict=True)] = 42
     """Seed of row order and dropout. 42: BLOOMZ."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         parallel, batch, schedule = self.parallel, self.batch, self.schedule
+        if (self.preset is None) != (self.tokenizer is None):
+            raise ValueError(
+                f"model={self.model} and tokenizer={self.tokenizer}: a preset needs tokenizer (a directory that holds "
+                "tokenizer.json), and any other model has its own"
+            )
         tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         if parallel.sequence_parallel and tp == 1:
             raise ValueError("parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1; it is 1")
@@ -130,6 +151,16 @@ class RunConfig(Section):
                 f"rows, the run has {self.train_rows}"
             )
         return self
+
+    @property
+    def preset(self) -> str | None:
+        """Name of the preset that `model` asks for; None: a model with weights."""
+        return self.model.removeprefix("preset:") if self.model.startswith("preset:") else None
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Where the tokenizer lies: with the model, or by itself."""
+        return self.model if self.tokenizer is None else self.tokenizer
 
     @property
     def train_steps(self) -> int:

@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,11 +27,14 @@ from typing import Any
 
 from megatron_xmtf import errors
 from megatron_xmtf.errors import ConfigError, ExitCode, RankFailedError, XmtfError
+from megatron_xmtf.parallel.stop_forwarding import StopForwarding
 
 __all__ = ["joined_by_launcher", "prepare_to_fork", "run_ranks"]
 
 GRACE_SECONDS = 5.0
 """How long the other ranks may take to end by themselves after one has failed."""
+POLL_SECONDS = 0.5
+"""How often a launcher that forwards signals looks whether one came."""
 
 
 def joined_by_launcher() -> bool:
@@ -50,13 +54,16 @@ def prepare_to_fork() -> None:
     torch.set_num_threads(1)
 
 
-def run_ranks(function: Callable[..., Any], *, world_size: int, arguments: Sequence[Any] = ()) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], *, world_size: int, arguments: Sequence[Any] = (), stop: StopForwarding | None = None
+) -> list[Any]:
     """Run `function(*arguments)` in `world_size` local processes and return what each rank returned.
 
     Every rank finds RANK, LOCAL_RANK and WORLD_SIZE in its environment and a rendezvous file of its own run.
     Torch gets (cores / world_size) threads a rank.
 
     Args:    function: called in every rank; its result is pickled back. world_size: ranks, at least 1.
+             stop: forwards signals to the ranks, whose function has to unblock them; None: signals end this process.
     Raises:  XmtfError: of the same class that a rank raised. RankFailedError: a rank died or raised another error;
              names rank and cause, carries the rank's traceback.
     """
@@ -68,20 +75,23 @@ def run_ranks(function: Callable[..., Any], *, world_size: int, arguments: Seque
     with tempfile.TemporaryDirectory(prefix="xmtf-ranks-") as directory:
         rendezvous = str(Path(directory) / "rendezvous")
         ranks: list[tuple[BaseProcess, Connection]] = []
-        for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_rank_main,
-                args=(function, tuple(arguments), rank, world_size, rendezvous, sender),
-                name=f"rank{rank}",
-            )
-            process.start()
-            sender.close()
-            ranks.append((process, receiver))
+        processes: list[BaseProcess] = []
         try:
-            return _collect(ranks)
+            with nullcontext() if stop is None else stop.starting(processes):
+                for rank in range(world_size):
+                    receiver, sender = context.Pipe(duplex=False)
+                    process = context.Process(
+                        target=_rank_main,
+                        args=(function, tuple(arguments), rank, world_size, rendezvous, sender),
+                        name=f"rank{rank}",
+                    )
+                    process.start()
+                    sender.close()
+                    processes.append(process)
+                    ranks.append((process, receiver))
+            return _collect(ranks, stop)
         finally:
-            _end_all([process for process, _ in ranks])
+            _end_all(processes)
 
 
 def _import_engine() -> None:
@@ -156,17 +166,23 @@ def _destroy_process_group() -> None:
             return
 
 
-def _collect(ranks: list[tuple[BaseProcess, Connection]]) -> list[Any]:
+def _collect(ranks: list[tuple[BaseProcess, Connection]], stop: StopForwarding | None) -> list[Any]:
     """Wait for every rank's message; on the first failure wait a moment for a better cause, then raise it."""
     results: dict[int, Any] = {}
     failures: dict[int, tuple[str, str, int, str]] = {}
     deadline: float | None = None
     pending = {receiver: rank for rank, (_, receiver) in enumerate(ranks)}
     while pending:
-        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        stopping = None if stop is None else stop.deadline
+        limit = min((moment for moment in (deadline, stopping) if moment is not None), default=None)
+        remaining = None if limit is None else max(0.0, limit - time.monotonic())
+        # A signal changes the limit and does not wake `wait`.
+        timeout = remaining if stop is None else min(POLL_SECONDS, POLL_SECONDS if remaining is None else remaining)
         ready = wait(list(pending), timeout)
         if not ready:
-            break
+            if limit is not None and time.monotonic() >= limit:
+                break
+            continue
         for receiver in ready:
             assert isinstance(receiver, Connection), "only connections are waited for"
             rank = pending.pop(receiver)
@@ -178,6 +194,13 @@ def _collect(ranks: list[tuple[BaseProcess, Connection]]) -> list[Any]:
                 deadline = deadline or time.monotonic() + GRACE_SECONDS
     if failures:
         _raise_cause(failures)
+    if pending:
+        assert stop is not None and stop.first is not None, "ranks are left alone after a signal only"
+        raise RankFailedError(
+            f"{stop.first.name}: ranks {', '.join(map(str, sorted(pending.values())))} had not ended "
+            f"({stop.grace_seconds:g} s, or a second SIGTERM) and were killed. Checkpoints that have their name are "
+            "whole: the same command resumes from the newest."
+        )
     return [results[rank] for rank in range(len(ranks))]
 
 
@@ -189,40 +212,48 @@ def _receive(receiver: Connection, process: BaseProcess) -> tuple[str, Any]:
         process.join(GRACE_SECONDS)
         code = process.exitcode
         cause = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-        return "error", ("RankDied", f"ended without a word ({cause})", int(ExitCode.FAILED), "")
+        hung = code == ExitCode.HANG  # a rank's watchdog leaves so, and has said why
+        return "error", ("RankDied", f"ended without a word ({cause})", code if hung else int(ExitCode.FAILED), "")
 
 
 def _raise_cause(failures: dict[int, tuple[str, str, int, str]]) -> None:
-    """Raise the failure that explains the others: a user error, then a death, then the first other error."""
+    """Raise the failure that explains the others: a user error, then a death, then the first other error.
 
-    def weight(rank: int) -> tuple[int, int]:
+    Args:  failures: by rank, in the order in which they came; what only says that a peer is gone comes last.
+    """
+
+    def weight(rank: int) -> int:
         name, message, _, _ = failures[rank]
-        if isinstance(getattr(errors, name, None), type):
-            return (0, rank)
+        if isinstance(getattr(errors, name, None), type) and name != "RankFailedError":
+            return 0
         if name == "RankDied":
-            return (1, rank)
+            return 1
         lost_peer = "Connection" in message or "gloo" in message or "NCCL" in message
-        return (3 if lost_peer else 2, rank)
+        return 3 if lost_peer else 2
 
     rank = min(failures, key=weight)
     name, message, code, trace = failures[rank]
     error_class = getattr(errors, name, None)
     if isinstance(error_class, type) and issubclass(error_class, XmtfError) and error_class is not RankFailedError:
         raise error_class(message)
+    what = message if name == "RankFailedError" else f"{name}: {message}"
+    others = [
+        f"rank {other}: {failures[other][1].splitlines()[0][:160] if failures[other][1] else failures[other][0]}"
+        for other in failures
+        if other != rank
+    ]
+    after = "".join(f"\nafter it, {line}" for line in others[:3])
+    more = f"\nand {len(others) - 3} ranks more" if len(others) > 3 else ""
     detail = f"\n{trace}" if trace else ""
-    raise RankFailedError(f"rank {rank} failed: {name}: {message}{detail}", ExitCode(code))
+    raise RankFailedError(f"rank {rank} failed: {what}{detail}{after}{more}", ExitCode(code))
 
 
 def _end_all(processes: list[BaseProcess]) -> None:
-    """Join what has ended, terminate the rest, kill what does not listen."""
+    """Join what has ended and kill the rest: a rank takes SIGTERM for the wish that it save."""
     for process in processes:
         process.join(0.5 if process.exitcode is None else 0)
     for process in processes:
         if process.is_alive():
-            process.terminate()
-    deadline = time.monotonic() + GRACE_SECONDS
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.is_alive():
             process.kill()
-            process.join()
+    for process in processes:
+        process.join()

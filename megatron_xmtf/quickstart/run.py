@@ -25,7 +25,7 @@ from megatron_xmtf.data.mixture import open_datasets
 from megatron_xmtf.data.packing import build_packing_index, index_directory
 from megatron_xmtf.data.preprocess import preprocess
 from megatron_xmtf.data.tokenizer import Tokenizer
-from megatron_xmtf.errors import CheckpointError, ConfigError
+from megatron_xmtf.errors import CheckpointError, ConfigError, StoppedError
 from megatron_xmtf.evaluation.evaluate import describe_checkpoint, evaluate_checkpoint
 from megatron_xmtf.evaluation.results import TaskResult, write_results
 from megatron_xmtf.evaluation.tasks import load_tasks
@@ -177,7 +177,8 @@ class _Quickstart:
 
     def _train(self, name: str, layout: Layout) -> TrainingResult:
         result = train(load_config(self.paths.config(name)), nproc=layout.world_size)
-        assert result is not None, "this process is no rank of a launcher's job"
+        if result["stopped_by"] is not None:
+            raise StoppedError(f"{name} was stopped by {result['stopped_by']}; start the same command again.")
         return result
 
     def _evaluate(self, checkpoint: Path, name: str) -> list[TaskResult]:

@@ -17,6 +17,7 @@ vectors of sums, two numbers a group, cross ranks, and only when they are report
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +31,21 @@ from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.rows import Row
 from megatron_xmtf.models.forward import MicroBatch
 
-__all__ = ["GroupLosses"]
+__all__ = ["BadExample", "GroupLosses"]
+
+
+class BadExample(NamedTuple):
+    """An example as a person finds it again."""
+
+    dataset: str
+    language: str
+    example: int
+
+    @classmethod
+    def of(cls, dataset: ExampleDataset, example: int) -> BadExample:
+        """Name an example of a dataset."""
+        column = dataset.column("language")
+        return cls(dataset.name, "" if column is None else dataset.names("language")[column[example]], example)
 
 
 class GroupLosses:
@@ -70,6 +85,21 @@ class GroupLosses:
             for column, values in enumerate((weighted, weights)):
                 self._sums[:, column] += np.bincount(groups[has_weight], values[has_weight], minlength=self.num_groups)
         self._pending.clear()
+
+    def drop_step(self) -> list[BadExample]:
+        """Forget what was kept in this step, and name the examples whose own losses are not finite."""
+        found: set[BadExample] = set()
+        for batch, losses in self._pending:
+            rows: Sequence[Row | EncoderDecoderRow] = batch.rows
+            is_bad = ~torch.isfinite(losses).cpu().numpy()
+            segments = batch.segment_ids.cpu().numpy()
+            for number, row in enumerate(rows):
+                for segment in np.unique(segments[number][is_bad[number]]):
+                    if segment:
+                        dataset = self.datasets[row.dataset_ids[segment - 1]]
+                        found.add(BadExample.of(dataset, int(row.example_ids[segment - 1])))
+        self._pending.clear()
+        return sorted(found)
 
     def report(self, device: torch.device) -> dict[str, float]:
         """Return the means since the last report, the same on every rank, and start anew; a collective call.

@@ -10,12 +10,14 @@ from datetime import timedelta
 from pathlib import Path
 
 from megatron_xmtf.config.schema import RunConfig
-from megatron_xmtf.errors import ExitCode, RankFailedError, XmtfError
+from megatron_xmtf.errors import ExitCode, HangError, RankFailedError, XmtfError
 from megatron_xmtf.files import write_json
 from megatron_xmtf.parallel.launch import joined_by_launcher, prepare_to_fork, run_ranks
+from megatron_xmtf.parallel.stop_forwarding import StopForwarding
 from megatron_xmtf.parallel.topology import rendezvous_store, world_size_from_environment
 from megatron_xmtf.training.prepare import prepare_run
 from megatron_xmtf.training.trainer import TrainingResult, train_rank
+from megatron_xmtf.training.watchdog import STACKS, describe_hang
 
 __all__ = ["train"]
 
@@ -24,20 +26,21 @@ PREPARE_HOURS = 12
 """How long the other ranks wait for rank 0 to check the inputs and build the packing index."""
 
 
-def train(config: RunConfig, *, nproc: int = 1, allowed_changes: Sequence[str] = ()) -> TrainingResult | None:
+def train(config: RunConfig, *, nproc: int = 1, allowed_changes: Sequence[str] = ()) -> TrainingResult:
     """Train, and leave the outcome in `OUT/status.json` as well.
 
     Args:    nproc: local ranks to start, when no launcher (torchrun, srun) has started this process as one already.
              allowed_changes: keys that may differ from the resumed checkpoint's.
-    Returns: rank 0's result; None on the other ranks of a launcher's job.
-    Raises:  what `prepare_run` and `train_rank` raise.
+    Returns: the result, the same on every rank of a launcher's job.
+    Raises:  what `prepare_run` and `train_rank` raise. HangError: a local rank made no progress. StoppedError: a
+             signal came before the first step.
     """
     joined = joined_by_launcher()
     is_first = not joined or os.environ["RANK"] == "0"
     try:
         result = _train_joined(config, allowed_changes) if joined else _train_local(config, nproc, allowed_changes)
     except XmtfError as error:
-        if is_first:
+        if is_first or isinstance(error, RankFailedError):
             _write_status(config, error.exit_code, f"{type(error).__name__}: {error}")
         raise
     except BaseException as error:
@@ -45,16 +48,25 @@ def train(config: RunConfig, *, nproc: int = 1, allowed_changes: Sequence[str] =
         if is_first:
             _write_status(config, ExitCode.FAILED, f"{type(error).__name__}: {error}")
         raise
-    if is_first and result is not None:
-        _write_status(config, ExitCode.DONE, f"step {result['last_step']} of {config.train_steps} done")
-    return result if is_first else None
+    if is_first:
+        done = f"step {result['last_step']} of {config.train_steps} done"
+        stopped = f", stopped by {result['stopped_by']}" if result["stopped_by"] else ""
+        _write_status(config, ExitCode(result["exit_code"]), done + stopped)
+    return result
 
 
 def _train_local(config: RunConfig, nproc: int, allowed_changes: Sequence[str]) -> TrainingResult:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     prepare_to_fork()
-    prepared = prepare_run(config, world_size=nproc, allowed_changes=allowed_changes)
-    results: list[TrainingResult] = run_ranks(train_rank, world_size=nproc, arguments=(prepared,))
+    with StopForwarding(grace_seconds=60 * config.stop.grace_minutes) as stop:
+        with stop.interrupting():
+            prepared = prepare_run(config, world_size=nproc, allowed_changes=allowed_changes)
+        try:
+            results: list[TrainingResult] = run_ranks(train_rank, world_size=nproc, arguments=(prepared,), stop=stop)
+        except RankFailedError as error:
+            if error.exit_code is not ExitCode.HANG:
+                raise
+            raise HangError(describe_hang(Path(config.output) / STACKS, nproc)) from None
     return results[0]
 
 

@@ -7,8 +7,9 @@ no rank waits in a collective while an index is built, and a mistake costs secon
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_xmtf.checkpoint.directory import find_checkpoint, find_newest_valid, list_checkpoints, step_directory
@@ -18,6 +19,7 @@ from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.conversion.embedding_copies import directory_architecture
 from megatron_xmtf.conversion.huggingface import import_huggingface, match_model
 from megatron_xmtf.conversion.huggingface_model import HuggingFaceModel, has_weights
+from megatron_xmtf.conversion.initialize import initialize_checkpoint
 from megatron_xmtf.data.encoder_decoder_rows import EncoderDecoderRows
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.loader import AnyRows, require_even_deal
@@ -37,7 +39,14 @@ from megatron_xmtf.evaluation.guarding import drop_flagged
 from megatron_xmtf.files import require_directory, sha256_json
 from megatron_xmtf.models.architecture import Architecture, EncoderDecoderArchitecture, architecture_from_mapping
 from megatron_xmtf.parallel.topology import check_world_size
+from megatron_xmtf.training.preset_start import (
+    check_no_bare_preset,
+    check_positions,
+    preset_architecture,
+    preset_checkpoint,
+)
 from megatron_xmtf.training.resume import check_same_run
+from megatron_xmtf.training.stopping import STOP_FILE
 from megatron_xmtf.training.trackers import check_trackers
 
 __all__ = ["PreparedRun", "StartPoint", "open_training_rows", "open_validation_rows", "prepare_run"]
@@ -69,6 +78,8 @@ class PreparedRun:
     """Directory with config.json and tokenizer files, carried into the first checkpoint, from there into the next."""
     packing_key: str
     """Of the packing index, which has been read and verified: the ranks need not do that again."""
+    started: float = field(default_factory=time.time, compare=False)
+    """When the run's command began, in Unix seconds; its time limit counts from here."""
 
 
 def prepare_run(
@@ -88,6 +99,12 @@ def prepare_run(
     Raises:  ConfigError: sizes that do not fit. MissingError, DatasetError, TokenizerError, CheckpointError: inputs
              that are absent or do not belong together. ConfigMismatchError: a resumed run that was changed.
     """
+    started = time.time()
+    if import_model and (Path(config.output) / STOP_FILE).exists():
+        raise ConfigError(
+            f"{Path(config.output) / STOP_FILE} exists, which asks this run not to train; remove it, and start the "
+            "same command again: it goes on where it stopped."
+        )
     data_parallel_size = check_world_size(config.parallel, world_size)
     _check_global_batch(config, data_parallel_size)
     check_trackers(config.logging)
@@ -98,10 +115,10 @@ def prepare_run(
         _verify_side_files(start.checkpoint)
         architecture = architecture_from_mapping(open_manifest(start.checkpoint).architecture)
     else:
-        architecture = directory_architecture(config.model)
+        architecture = directory_architecture(config.model) if config.preset is None else preset_architecture(config)
     architecture.check_split(config.parallel)
     _check_row_lengths(config, architecture)
-    tokenizer = Tokenizer.load(start.checkpoint / "hf" if is_checkpoint else config.model)
+    tokenizer = Tokenizer.load(start.checkpoint / "hf" if is_checkpoint else config.tokenizer_source)
     if tokenizer.vocab_size > architecture.vocab_size:
         raise CheckpointError(
             f"the tokenizer of {tokenizer.directory} has {tokenizer.vocab_size} words, the model's embedding "
@@ -110,8 +127,7 @@ def prepare_run(
     datasets = open_datasets(config.data.training_datasets, batch=config.batch, tokenizer=tokenizer)
     open_datasets(config.data.validation_datasets, batch=config.batch, tokenizer=tokenizer)
     if not is_checkpoint and import_model:
-        logger.info("importing %s", config.model)
-        import_huggingface(config.model, start.checkpoint)
+        _make_checkpoint(config, architecture, start.checkpoint)
     elif not is_checkpoint and has_weights(Path(config.model)):
         with HuggingFaceModel(config.model) as model:
             match_model(model)
@@ -124,9 +140,21 @@ def prepare_run(
         config=config,
         architecture=architecture,
         start=start,
-        hf_files=start.checkpoint / "hf" if is_checkpoint or import_model else Path(config.model),
+        hf_files=start.checkpoint / "hf" if is_checkpoint or import_model else Path(config.tokenizer_source),
         packing_key=packing_key,
+        started=started,
     )
+
+
+def _make_checkpoint(config: RunConfig, architecture: Architecture, output: Path) -> None:
+    """Write the checkpoint that a run starts from: a Hugging Face model's weights, or a preset's random ones."""
+    if config.preset is None:
+        logger.info("importing %s", config.model)
+        import_huggingface(config.model, output)
+        return
+    assert isinstance(architecture, EncoderDecoderArchitecture), "every preset is one"
+    logger.info("drawing the weights of preset %s at random, seed %d", config.preset, config.seed)
+    initialize_checkpoint(architecture, output, tokenizer=config.tokenizer_source, seed=config.seed)
 
 
 def _verify_side_files(checkpoint: Path) -> None:
@@ -140,6 +168,8 @@ def _verify_side_files(checkpoint: Path) -> None:
 
 def _check_row_lengths(config: RunConfig, architecture: Architecture) -> None:
     """Check that rows have one line for a decoder and two sides for an encoder-decoder."""
+    if isinstance(architecture, EncoderDecoderArchitecture):
+        check_positions(config, architecture)
     two_sided = config.batch.encoder_length is not None
     if two_sided == isinstance(architecture, EncoderDecoderArchitecture):
         return
@@ -271,6 +301,9 @@ def _initial_checkpoint(config: RunConfig) -> Path:
 
     The place is named after the model's files, so that another `model` never finds the weights of an earlier one.
     """
+    if config.preset is not None:
+        return preset_checkpoint(config)
+    check_no_bare_preset(config)
     model = require_directory(config.model)
     if (model / MANIFEST_NAME).is_file() or not (model / "config.json").is_file():
         return find_checkpoint(model)

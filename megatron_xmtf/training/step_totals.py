@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed
@@ -14,7 +14,7 @@ from megatron_xmtf.models.forward import MicroBatch
 from megatron_xmtf.training.loss import global_batch_loss
 from megatron_xmtf.training.metrics import StepCounts, peak_memory_gib
 
-__all__ = ["largest_peak_memory_gib", "step_totals"]
+__all__ = ["Agreed", "agree", "step_totals"]
 
 
 def step_totals(
@@ -39,8 +39,21 @@ def step_totals(
     return weighted / max(units, 1.0), StepCounts(*map(int, totals))
 
 
-def largest_peak_memory_gib(device: torch.device) -> float:
-    """Return the most memory that any rank has held so far; a collective call."""
-    peak = torch.tensor(peak_memory_gib(), dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
-    return float(peak)
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know together before an update."""
+
+    peak_memory_gib: float
+    """The most that any rank has held so far, the update of this step not yet counted."""
+    bad_gradients: bool
+    """Whether any rank has NaN or Inf in its gradients."""
+    stop: int
+    """The weightiest reason to stop that any rank knows; see `stopping.StopCause`."""
+
+
+def agree(*, bad_gradients: bool, stop: int, device: torch.device) -> Agreed:
+    """Exchange what must be the same on all ranks; a collective call, one all-reduce (MAX) of 24 bytes."""
+    numbers = torch.tensor([peak_memory_gib(), bad_gradients, stop], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
+    peak, bad, cause = numbers.tolist()
+    return Agreed(peak, bool(bad), int(cause))

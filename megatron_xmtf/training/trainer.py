@@ -9,6 +9,8 @@ loss of the step = sum over the global batch of losses * loss_weights / sum of n
 from __future__ import annotations
 
 import math
+import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +28,10 @@ from torch import Tensor
 from megatron_xmtf.checkpoint.sharded import load_model_weights, load_training_state
 from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.data.loader import BatchLoader
-from megatron_xmtf.errors import NonFiniteError
+from megatron_xmtf.errors import ExitCode, NonFiniteError, RankFailedError, XmtfError
 from megatron_xmtf.models.forward import MicroBatch, chunk_iterators, device_of, forward_chunk
 from megatron_xmtf.models.registry import build_model
-from megatron_xmtf.parallel.topology import Topology, destroy_parallel, initialize_parallel
+from megatron_xmtf.parallel.topology import Topology, destroy_parallel, initialize_parallel, world_size_from_environment
 from megatron_xmtf.training.group_losses import GroupLosses
 from megatron_xmtf.training.loss import micro_batch_loss
 from megatron_xmtf.training.loss_scale import OverflowWatch
@@ -42,8 +44,11 @@ from megatron_xmtf.training.replica_check import check_replicas
 from megatron_xmtf.training.run_log import RunLog
 from megatron_xmtf.training.saving import RunCheckpoints
 from megatron_xmtf.training.schedule import learning_rate
-from megatron_xmtf.training.step_totals import largest_peak_memory_gib, step_totals
+from megatron_xmtf.training.step_guard import StepGuard, check_finite_weights, has_bad_gradients
+from megatron_xmtf.training.step_totals import agree, step_totals
+from megatron_xmtf.training.stopping import StopCause, StopRequests
 from megatron_xmtf.training.validation import validation_batches_by_name, validation_losses
+from megatron_xmtf.training.watchdog import STACKS, Watchdog
 
 __all__ = ["Trainer", "TrainingResult", "train_rank"]
 
@@ -57,6 +62,10 @@ class TrainingResult(TypedDict):
     last_loss: float | None
     checkpoint: str | None
     """The checkpoint of the last step; None if there was nothing left to do."""
+    stopped_by: str | None
+    """What stopped the run before its last step, in words; None: nothing did."""
+    exit_code: int
+    """0 done, or stopped by a stop file; 3: start the same command again."""
 
 
 def train_rank(prepared: PreparedRun, store: torch.distributed.Store | None = None) -> TrainingResult:
@@ -64,18 +73,27 @@ def train_rank(prepared: PreparedRun, store: torch.distributed.Store | None = No
 
     Args:    store: where the ranks of a launcher's job have met already; None: they meet now.
     Raises:  NonFiniteError: loss or gradient norm is NaN or Inf; no checkpoint is written from then on.
+             RankFailedError: any error that is not an XmtfError, with this rank's host, step and phase.
     """
-    topology = initialize_parallel(prepared.config.parallel, seed=prepared.config.seed, store=store)
-    try:
-        return Trainer(prepared, topology).run()
-    finally:
-        destroy_parallel()
+    config, rank = prepared.config, int(os.environ.get("RANK", "0"))
+    directory, world_size = Path(config.output) / STACKS, world_size_from_environment()
+    with Watchdog(config.watchdog, directory=directory, rank=rank, world_size=world_size) as watchdog:
+        try:
+            topology = initialize_parallel(config.parallel, seed=config.seed, store=store)
+            return Trainer(prepared, topology, watchdog=watchdog).run()
+        except XmtfError:
+            raise
+        except Exception as error:
+            place = f"rank {rank} on {socket.gethostname()}, {watchdog.now}"
+            raise RankFailedError(f"{type(error).__name__}: {error} ({place})") from error
+        finally:
+            destroy_parallel()
 
 
 class Trainer:
     """One rank's part of a run."""
 
-    def __init__(self, prepared: PreparedRun, topology: Topology) -> None:
+    def __init__(self, prepared: PreparedRun, topology: Topology, *, watchdog: Watchdog | None = None) -> None:
         # what is trained, and where
         self.prepared, self.topology = prepared, topology
         self.config: RunConfig = prepared.config
@@ -111,6 +129,16 @@ class Trainer:
         )
         measured = open_validation_rows(prepared) if self.config.evaluation.interval is not None else {}
         self.validation = validation_batches_by_name(self.config, measured)
+        # what ends it early
+        output = Path(self.config.output)
+        self.watchdog = watchdog or Watchdog(
+            self.config.watchdog, directory=output / STACKS, rank=topology.rank, world_size=topology.world_size
+        )
+        self.stop_requests = StopRequests(
+            self.config.stop, output=output, started=prepared.started, reads_file=topology.rank == 0
+        )
+        self.stop_cause = StopCause.NONE
+        self.guard = StepGuard(self.config.loss, output=output, resumed_step=self.step, datasets=rows.datasets)
         # what is seen of it
         self.group_losses = GroupLosses(rows.datasets)
         self.overflows = OverflowWatch(enabled=topology.rank == 0)
@@ -128,11 +156,11 @@ class Trainer:
         )
 
     def run(self) -> TrainingResult:
-        """Train to the last step."""
+        """Train to the last step, or to one where all ranks agree to stop."""
         config, first = self.config, self.step + 1
         losses: list[float] = []
-        with RunLog(self.prepared, self.topology) as log, self.checkpoints:
-            while self.step < config.train_steps:
+        with self.stop_requests, RunLog(self.prepared, self.topology) as log, self.checkpoints:
+            while self.step < config.train_steps and not self.stop_cause:
                 with self.profiler.step(self.step + 1):
                     metrics = self.train_step()
                 losses.append(metrics["loss"])
@@ -143,15 +171,20 @@ class Trainer:
                 self.checkpoints.after_step(self.step, validation)
                 if self._due(config.logging.replica_check_interval):
                     self.check_replicas()
-                if self._due(config.checkpoint.save_interval) or self.step == config.train_steps:
+                is_last = self.step == config.train_steps or bool(self.stop_cause)
+                if self._due(config.checkpoint.save_interval) or is_last:
                     self.save()
+            self.watchdog.phase("saving", step=self.step)
             checkpoint = self.checkpoints.finish()
+        cause = self.stop_cause if self.step < config.train_steps else StopCause.NONE
         return TrainingResult(
             first_step=first,
             last_step=self.step,
             first_loss=losses[0] if losses else None,
             last_loss=losses[-1] if losses else None,
             checkpoint=None if checkpoint is None else str(checkpoint),
+            stopped_by=cause.words if cause else None,
+            exit_code=int(cause.exit_code if cause else ExitCode.DONE),
         )
 
     def train_step(self) -> dict[str, Any]:
@@ -160,23 +193,23 @@ class Trainer:
         Raises:  NonFiniteError: on all ranks together.
         """
         started = time.monotonic()
+        self.watchdog.phase("reading data", step=self.step + 1)
         batches = self.loader.micro_batches(self.step)
         self.step += 1
         rate = learning_rate(self.config, self.step)
         set_learning_rate(self.optimizer, rate)
+        self.watchdog.phase("forward and backward", step=self.step)
         reports = self.forward_backward(batches)
         loss_scale = float(self.optimizer.get_loss_scale()) if self.config.precision == "fp16" else None
-        updated, grad_norm, _ = self.optimizer.step()
         device = device_of(self.chunks)
         loss, counts = step_totals(reports, batches, device=device)
-        self.group_losses.finish_step()
-        self.overflows.after_step(self.step, skipped=not updated, loss_scale=loss_scale)
-        norm = None if grad_norm is None else float(grad_norm)
-        if not math.isfinite(loss) or (updated and norm is not None and not math.isfinite(norm)):
-            raise NonFiniteError(
-                f"step {self.step}: loss {loss}, gradient norm {norm}. No checkpoint is written; the last one is "
-                "untouched. Lower optimizer.lr, or look at the rows of this step with `xmtf inspect`."
-            )
+        self.watchdog.phase("updating", step=self.step)
+        # In fp16 gradients may overflow: the optimizer sees it, and the loss scale falls.
+        bad_gradients = loss_scale is None and has_bad_gradients(self.chunks)
+        agreed = agree(bad_gradients=bad_gradients, stop=self.stop_requests.now(), device=device)
+        self.stop_cause = StopCause(agreed.stop)
+        updated, norm = self._update(loss, batches, bad_gradients=agreed.bad_gradients)
+        self.overflows.after_step(self.step, skipped=not updated and loss_scale is not None, loss_scale=loss_scale)
         return {
             "step": self.step,
             "loss": loss,
@@ -187,10 +220,27 @@ class Trainer:
             "tokens": counts.tokens,
             "target_tokens": counts.target_tokens,
             **self.rates.of(counts, seconds=time.monotonic() - started),
-            "peak_memory_gib": largest_peak_memory_gib(device),
+            "peak_memory_gib": agreed.peak_memory_gib,
             "loss_scale": loss_scale,
             "skipped": not updated,
         }
+
+    def _update(self, loss: float, batches: list[MicroBatch], *, bad_gradients: bool) -> tuple[bool, float | None]:
+        """Update unless the step is bad; return whether anything was updated, and the norm where it was computed."""
+        reason = self.guard.reason(self.step, loss, bad_gradients=bad_gradients)
+        if reason is not None:
+            self.guard.pass_over(self.step, loss, reason, bad=self.group_losses.drop_step(), batches=batches)
+            return False, None
+        updated, grad_norm, _ = self.optimizer.step()
+        self.group_losses.finish_step()
+        norm = None if grad_norm is None else float(grad_norm)
+        if updated and norm is not None and not math.isfinite(norm):
+            # Every rank's gradients are finite, the sum of their squares is not: clipping has set them to 0.
+            raise NonFiniteError(
+                f"step {self.step}: loss {loss}, gradient norm {norm}. No checkpoint is written; the last one is "
+                "untouched. Lower optimizer.lr, or look at the rows of this step with `xmtf inspect`."
+            )
+        return updated, norm
 
     def forward_backward(self, batches: list[MicroBatch]) -> list[Tensor]:
         """Fill every `main_grad` with the gradient of the global batch's loss.
@@ -215,17 +265,24 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Measure the validation losses."""
+        self.watchdog.phase("validating", step=self.step)
         with _parameters_gathered(self.chunks, self.config):
             return validation_losses(self.chunks, self.validation)
 
     def check_replicas(self) -> None:
         """Compare what several ranks hold; see `replica_check.py`."""
+        self.watchdog.phase("checking replicas", step=self.step)
         with _parameters_gathered(self.chunks, self.config):
             check_replicas(self.chunks)
 
     def save(self) -> Path:
-        """Save the current step; it is on the disk when `self.checkpoints` has finished it."""
+        """Save the current step; it is on the disk when `self.checkpoints` has finished it.
+
+        Raises:  NonFiniteError: on all ranks, a weight is NaN or Inf; and what `RunCheckpoints.save` raises.
+        """
+        self.watchdog.phase("saving", step=self.step)
         with _parameters_gathered(self.chunks, self.config):
+            check_finite_weights(self.chunks, self.optimizer, step=self.step)
             return self.checkpoints.save(self.step)
 
     def _due(self, interval: int | None) -> bool:
@@ -240,6 +297,7 @@ class Trainer:
             model_config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
 
     def _forward_step(self, batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        self.watchdog.beat()
         losses, batch = forward_chunk(batches, chunk)
         return losses, partial(self._weigh, batch)
 
