@@ -12,12 +12,12 @@ __all__ = ["load_model_tokenizer", "objective_tokenizer"]
 
 
 def load_model_tokenizer(model: str) -> Tokenizer:
-    """Load the tokenizer of `model`: a Hugging Face directory, a checkpoint or a run.
+    """Load the tokenizer of `model`: a Hugging Face directory, a checkpoint, a run, or a tokenizer alone.
 
     Raises:  MissingError: nothing there. TokenizerError: it cannot be read.
     """
     directory = Path(model)
-    if (directory / "config.json").is_file():
+    if (directory / "config.json").is_file() or (directory / "tokenizer.json").is_file():
         return Tokenizer.load(directory)
     return Tokenizer.load(find_checkpoint(directory) / "hf")
 
@@ -29,4 +29,4 @@ def objective_tokenizer(config: RunConfig) -> Tokenizer | None:
     """
     entries = [*config.data.training_datasets, *config.data.validation_datasets]
     has_objective = any(entry.objective is not None for entry in entries)
-    return load_model_tokenizer(config.model) if has_objective else None
+    return load_model_tokenizer(config.tokenizer_source) if has_objective else None

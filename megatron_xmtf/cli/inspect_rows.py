@@ -45,13 +45,9 @@ def inspect_run(path: Path, arguments: argparse.Namespace) -> tuple[dict[str, An
 
 def _model_tokenizer(config: RunConfig) -> Tokenizer | None:
     """Load the tokenizer of a run's model, a Hugging Face directory or a checkpoint; None if it is not there yet."""
-    from megatron_xmtf.checkpoint.directory import find_checkpoint
-    from megatron_xmtf.data.tokenizer import Tokenizer
+    from megatron_xmtf.checkpoint.model_tokenizer import load_model_tokenizer
 
-    model = Path(config.model)
-    if not model.is_dir():
-        return None
-    return Tokenizer.load(model if (model / "config.json").is_file() else find_checkpoint(model) / "hf")
+    return load_model_tokenizer(config.tokenizer_source) if Path(config.tokenizer_source).is_dir() else None
 
 
 def inspect_packing(path: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:

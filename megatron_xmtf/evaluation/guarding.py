@@ -42,7 +42,7 @@ def report_guards(config: RunConfig, datasets: Sequence[ExampleDataset], *, buil
     selected = selected_by_mixture(datasets, config.data.training_mixture, split_seed=config.data.split_seed)
     flags = (partial(scan, workers=guards.workers) if build else open_flags)(
         behind.stored,
-        tokenizer=load_model_tokenizer(config.model),
+        tokenizer=load_model_tokenizer(config.tokenizer_source),
         evaluation_texts=evaluation_texts(config.evaluation.tasks) if guards.contamination != "off" else [],
         settings=settings,
         directory=guards.directory or Path(config.output) / "guards",

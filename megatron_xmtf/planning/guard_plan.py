@@ -53,8 +53,8 @@ def find_flags(config: RunConfig, datasets: Sequence[ExampleDataset]) -> tuple[G
     """
     guards = config.data.guards
     wanted = {guards.duplicates, guards.near_duplicates, guards.contamination}
-    if "report" in wanted and "drop" not in wanted and not Path(config.model).is_dir():
-        return None, f"needs the tokenizer of {config.model}, which is not there"
+    if "report" in wanted and "drop" not in wanted and not Path(config.tokenizer_source).is_dir():
+        return None, f"needs the tokenizer of {config.tokenizer_source}, which is not there"
     return report_guards(config, datasets), ""
 
 
