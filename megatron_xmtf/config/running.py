@@ -127,7 +127,11 @@ class StopConfig(Section):
 
 
 class WatchdogConfig(Section):
-    """How long a rank may go without progress before it ends the job with exit code 6, naming who is stuck."""
+    """How long a rank may go without progress before it ends the job with exit code 6, naming who is stuck.
+
+    The job ends at most 70 seconds after a limit: two looks of a watchdog (15 s each at most) to notice, as long again
+    for the reports of all ranks, seconds for the launcher. torchrun takes 30 more to kill a stopped process.
+    """
 
     enabled: bool = True
     """Whether anybody watches."""

@@ -29,7 +29,7 @@ from megatron_xmtf import errors
 from megatron_xmtf.errors import ConfigError, ExitCode, RankFailedError, XmtfError
 from megatron_xmtf.parallel.stop_forwarding import StopForwarding
 
-__all__ = ["joined_by_launcher", "prepare_to_fork", "run_ranks"]
+__all__ = ["is_of_lost_peer", "joined_by_launcher", "prepare_to_fork", "run_ranks"]
 
 GRACE_SECONDS = 5.0
 """How long the other ranks may take to end by themselves after one has failed."""
@@ -228,8 +228,7 @@ def _raise_cause(failures: dict[int, tuple[str, str, int, str]]) -> None:
             return 0
         if name == "RankDied":
             return 1
-        lost_peer = "Connection" in message or "gloo" in message or "NCCL" in message
-        return 3 if lost_peer else 2
+        return 3 if is_of_lost_peer(message) else 2
 
     rank = min(failures, key=weight)
     name, message, code, trace = failures[rank]
@@ -246,6 +245,11 @@ def _raise_cause(failures: dict[int, tuple[str, str, int, str]]) -> None:
     more = f"\nand {len(others) - 3} ranks more" if len(others) > 3 else ""
     detail = f"\n{trace}" if trace else ""
     raise RankFailedError(f"rank {rank} failed: {what}{detail}{after}{more}", ExitCode(code))
+
+
+def is_of_lost_peer(message: str) -> bool:
+    """Whether an error only says that another rank is gone, whose own error is the cause."""
+    return any(word in message for word in ("Connection", "gloo", "NCCL"))
 
 
 def _end_all(processes: list[BaseProcess]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
+import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.errors import ExitCode, HangError, RankFailedError, XmtfError
 from megatron_xmtf.files import write_json
-from megatron_xmtf.parallel.launch import joined_by_launcher, prepare_to_fork, run_ranks
+from megatron_xmtf.parallel.launch import is_of_lost_peer, joined_by_launcher, prepare_to_fork, run_ranks
 from megatron_xmtf.parallel.stop_forwarding import StopForwarding
 from megatron_xmtf.parallel.topology import rendezvous_store, world_size_from_environment
 from megatron_xmtf.training.prepare import prepare_run
@@ -35,12 +37,14 @@ def train(config: RunConfig, *, nproc: int = 1, allowed_changes: Sequence[str] =
     Raises:  what `prepare_run` and `train_rank` raise. HangError: a local rank made no progress. StoppedError: a
              signal came before the first step.
     """
-    joined = joined_by_launcher()
+    joined, started = joined_by_launcher(), time.time()
     is_first = not joined or os.environ["RANK"] == "0"
     try:
         result = _train_joined(config, allowed_changes) if joined else _train_local(config, nproc, allowed_changes)
     except XmtfError as error:
         if is_first or isinstance(error, RankFailedError):
+            if joined and is_of_lost_peer(str(error)) and _has_status_since(config, started):
+                raise  # the rank with the cause has said it
             _write_status(config, error.exit_code, f"{type(error).__name__}: {error}")
         raise
     except BaseException as error:
@@ -91,11 +95,22 @@ def _train_joined(config: RunConfig, allowed_changes: Sequence[str]) -> Training
         if code:
             raise RankFailedError(f"rank 0 could not prepare the run: {message}", ExitCode(code))
         prepared = prepare_run(config, world_size=world_size, allowed_changes=allowed_changes, packing_key=packing_key)
-    return train_rank(prepared, store)
+    try:
+        return train_rank(prepared, store)
+    except RankFailedError as error:
+        if is_of_lost_peer(str(error)):
+            raise RankFailedError(f"lost a peer, whose own error is the cause: {error}", error.exit_code) from None
+        # No launcher of ours is there to show it.
+        raise RankFailedError(f"{error}\n{traceback.format_exc()}", error.exit_code) from None
 
 
 def _exit_code(error: Exception) -> ExitCode:
     return error.exit_code if isinstance(error, XmtfError) else ExitCode.FAILED
+
+
+def _has_status_since(config: RunConfig, started: float) -> bool:
+    path = Path(config.output) / "status.json"
+    return path.is_file() and path.stat().st_mtime >= started
 
 
 def _write_status(config: RunConfig, code: ExitCode, message: str) -> None:
