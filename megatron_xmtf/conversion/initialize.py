@@ -26,7 +26,7 @@ import torch
 from megatron_xmtf.checkpoint.manifest import checkpoint_directory
 from megatron_xmtf.checkpoint.streamed_write import StreamedWriter, row_ranges
 from megatron_xmtf.conversion.families import mapping_of
-from megatron_xmtf.conversion.huggingface_model import SIDE_FILES, copy_side_files
+from megatron_xmtf.conversion.huggingface_model import copy_side_files
 from megatron_xmtf.conversion.mapping import MatchedParameter, expand_rows
 from megatron_xmtf.files import write_json
 from megatron_xmtf.models.alexatm_config import alexatm_to_hf
@@ -75,10 +75,8 @@ def initialize_checkpoint(
                 written += count
             writer.finish()
         copy_side_files(Path(tokenizer), temporary / "hf")
-        for name in SIDE_FILES:
-            # What stands beside a tokenizer may be another model's.
-            if name.startswith("generation_config"):
-                (temporary / "hf" / name).unlink(missing_ok=True)
+        # What stands beside a tokenizer may be another model's.
+        (temporary / "hf" / "generation_config.json").unlink(missing_ok=True)
         write_json(temporary / "hf" / "config.json", {**config, "dtype": "float32"})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from transformers import AutoModelForSeq2SeqLM
 from megatron_xmtf.checkpoint.manifest import open_manifest
 from megatron_xmtf.checkpoint.safe_read import CheckpointReader
 from megatron_xmtf.config import RunConfig, config_from_mapping
+from megatron_xmtf.conversion import initialize
 from megatron_xmtf.conversion.huggingface_export import export_huggingface
 from megatron_xmtf.conversion.initialize import initial_std, initialize_checkpoint
 from megatron_xmtf.data.preprocess import preprocess
@@ -155,6 +157,18 @@ def test_weights_follow_from_the_seed_and_the_rules(place: Path, tmp_path: Path)
     assert len({float(one[name].sum()) for name in tables}) == len(tables) == 5
     manifest = open_manifest(tmp_path / "one")
     assert (manifest.architecture, manifest.contents) == (TOY.to_mapping(), ("model",))
+
+
+def test_every_block_has_a_generator_of_its_own(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten rows of 64 a block: the second block of a matrix is drawn again by hand, without the first."""
+    monkeypatch.setattr(initialize, "BLOCK_NUMBERS", 640)
+    initialize_checkpoint(TOY, tmp_path / "c", tokenizer=place / "tokenizer", seed=5)
+    name = "encoder.layers.1.mlp.linear_fc1.weight"
+    words = np.frombuffer(hashlib.sha256(f"5 {name} 10".encode()).digest(), np.uint32).tolist()
+    wanted = 0.02 * np.random.default_rng(words).standard_normal((10, 64), dtype=np.float32)
+    found = read(tmp_path / "c")[name]
+    assert found.shape == (256, 64) and np.allclose(found[10:20].numpy(), wanted, rtol=1e-6, atol=0)
+    assert not torch.equal(found[:10], found[10:20])
 
 
 def test_rows_behind_the_vocabulary_are_zero(place: Path, tmp_path: Path) -> None:
