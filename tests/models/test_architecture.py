@@ -82,7 +82,7 @@ def test_a_residual_after_the_norm_is_refused() -> None:
     ("change", "message"),
     [
         ({"model_type": "blooom"}, "model_type 'blooom' has no family here; nearest: bloom"),
-        ({"model_type": "llama"}, "model_type 'llama' has no family here; known: bloom, mt5, t5"),
+        ({"model_type": "llama"}, "model_type 'llama' has no family here; known: blenderbot, bloom, mt5, t5"),
         ({"model_type": None}, "model_type None has no family here"),
         ({"hidden_size": 0}, "no positive integer hidden_size or n_embed"),
         ({"hidden_size": None}, "no positive integer hidden_size or n_embed"),
@@ -109,7 +109,7 @@ def test_a_manifest_keeps_an_architecture() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"family": "gpt"}, "model family 'gpt' is not known; known: bloom, mt5, t5, alexatm"),
+        ({"family": "gpt"}, "model family 'gpt' is not known; known: blenderbot, bloom, mt5, t5, alexatm"),
         ({"rotary_base": 1e4}, "does not fit.*rotary_base"),
     ],
 )
