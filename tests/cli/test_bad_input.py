@@ -433,7 +433,7 @@ def put_pickle(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("mutate", "code", "word"),
     [
-        (edit(model_type="gpt2"), USER, "model_type 'gpt2' has no family here; known: bloom"),
+        (edit(model_type="gpt2"), USER, "model_type 'gpt2' has no family here; known: blenderbot, bloom"),
         (edit(auto_map={"AutoModel": "evil.Model"}), USER, "names code to run"),
         (edit(n_head=3), USER, "hidden_size=64 is not a multiple of n_head=3"),
         (edit(n_layer=9), USER, "missing (60)"),

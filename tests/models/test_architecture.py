@@ -109,7 +109,7 @@ def test_a_manifest_keeps_an_architecture() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"family": "gpt"}, "model family 'gpt' is not known; known: blenderbot, bloom, mt5, t5, alexatm"),
+        ({"family": "gpt"}, "model family 'gpt' is not known; known: bloom, mt5, t5, alexatm"),
         ({"rotary_base": 1e4}, "does not fit.*rotary_base"),
     ],
 )
