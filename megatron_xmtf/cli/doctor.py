@@ -229,8 +229,10 @@ def examine_kernels() -> dict[str, dict[str, str]]:
 
     from megatron_xmtf.kernels.adam import choose_adam
     from megatron_xmtf.kernels.packed_attention import choose_packed_attention
+    from megatron_xmtf.kernels.weight_gradient import choose_weight_gradient
 
-    adam = choose_adam("auto", has_cuda=torch.cuda.is_available())
+    has_cuda = torch.cuda.is_available()
+    adam = choose_adam("auto", has_cuda=has_cuda)
     chosen = {
         "fp32": choose_packed_attention("auto", precision="fp32"),
         "bf16": choose_packed_attention("auto", precision="bf16"),
@@ -239,6 +241,7 @@ def examine_kernels() -> dict[str, dict[str, str]]:
         "packed attention": {precision: attention.name for precision, attention in chosen.items()},
         # Main parameters are fp32 whatever the precision.
         "adam": {"fp32": adam},
+        "weight gradients": {"fp32": choose_weight_gradient("auto", has_cuda=has_cuda)},
     }
 
 

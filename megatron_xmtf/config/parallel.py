@@ -175,3 +175,6 @@ class KernelsConfig(Section):
     adam: Literal["auto", "torch", "transformer_engine", "apex"] = "auto"
     """Whose fused AdamW. auto: on a GPU the first that can be imported of Transformer Engine and NVIDIA's apex, else
     torch. The checkpoints are the same."""
+    weight_gradient: Literal["auto", "torch", "apex"] = "auto"
+    """Who adds a weight's gradient to its fp32 main gradient. auto: on a GPU NVIDIA's apex, within the matrix product,
+    if its extension can be imported; else torch."""

@@ -9,7 +9,8 @@ import torch
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_xmtf.config.schema import DropoutConfig, ParallelConfig, RecomputeConfig
+from megatron_xmtf.config.schema import DropoutConfig, KernelsConfig, ParallelConfig, RecomputeConfig
+from megatron_xmtf.kernels.weight_gradient import choose_weight_gradient
 from megatron_xmtf.models.architecture import Architecture, BloomArchitecture, EncoderDecoderArchitecture
 
 __all__ = ["DTYPES", "Precision", "transformer_config"]
@@ -26,25 +27,27 @@ def transformer_config(
     precision: Precision,
     recompute: RecomputeConfig | None = None,
     dropout: DropoutConfig | None = None,
+    kernels: KernelsConfig | None = None,
 ) -> TransformerConfig:
     """Return the settings of a model of any family."""
     recompute, dropout = recompute or RecomputeConfig(), dropout or DropoutConfig()
+    engine = _engine_settings(parallel, precision, kernels or KernelsConfig())
     if isinstance(architecture, BloomArchitecture):
-        return _bloom_config(architecture, parallel, precision, recompute, dropout)
-    return _encoder_decoder_config(architecture, parallel, precision, dropout)
+        return _bloom_config(architecture, engine, parallel, recompute, dropout)
+    return _encoder_decoder_config(architecture, engine, parallel, dropout)
 
 
 def _bloom_config(
     architecture: BloomArchitecture,
+    engine: dict[str, Any],
     parallel: ParallelConfig,
-    precision: Precision,
     recompute: RecomputeConfig,
     dropout: DropoutConfig,
 ) -> TransformerConfig:
     hidden_dropout, attention_dropout = dropout.hidden_dropout, dropout.attention_dropout
     full = recompute.granularity == "full"
     return TransformerConfig(
-        **_engine_settings(parallel, precision),
+        **engine,
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -65,12 +68,15 @@ def _bloom_config(
 
 
 def _encoder_decoder_config(
-    architecture: EncoderDecoderArchitecture, parallel: ParallelConfig, precision: Precision, dropout: DropoutConfig
+    architecture: EncoderDecoderArchitecture,
+    engine: dict[str, Any],
+    parallel: ParallelConfig,
+    dropout: DropoutConfig,
 ) -> TransformerConfig:
     """Leave recomputation out: the model's own loop does it, and its attention."""
     hidden_dropout, attention_dropout = dropout.hidden_dropout, dropout.attention_dropout
     config = TransformerConfig(
-        **_engine_settings(parallel, precision),
+        **engine,
         # One layer a chunk for Megatron-Core's counting, which knows one stack; `stages.py` says where layers are.
         num_layers=parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1),
         hidden_size=architecture.hidden_size,
@@ -93,8 +99,9 @@ def _encoder_decoder_config(
     return config
 
 
-def _engine_settings(parallel: ParallelConfig, precision: Precision) -> dict[str, Any]:
+def _engine_settings(parallel: ParallelConfig, precision: Precision, kernels: KernelsConfig) -> dict[str, Any]:
     """Return what does not depend on the family."""
+    weight_gradient = choose_weight_gradient(kernels.weight_gradient, has_cuda=torch.cuda.is_available())
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
@@ -111,8 +118,8 @@ def _engine_settings(parallel: ParallelConfig, precision: Precision) -> dict[str
         # gloo matches messages by posting order: batched point-to-point between the same two ranks swaps activation
         # and gradient without an error when a virtual pipeline makes both neighbours one rank.
         "batch_p2p_comm": torch.cuda.is_available(),
+        "gradient_accumulation_fusion": weight_gradient == "apex",
         # These fusions need apex or go through torch.compile.
-        "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,

@@ -47,7 +47,7 @@ def build_model(
     architecture.check_split(parallel)
     recompute, kernels = recompute or RecomputeConfig(), kernels or KernelsConfig()
     config = transformer_config(
-        architecture, parallel=parallel, precision=precision, recompute=recompute, dropout=dropout
+        architecture, parallel=parallel, precision=precision, recompute=recompute, dropout=dropout, kernels=kernels
     )
     chunks: list[torch.nn.Module]
     if isinstance(architecture, BloomArchitecture):

@@ -41,6 +41,7 @@ def test_this_machine_can_start_a_run(capsys: pytest.CaptureFixture[str], tmp_pa
     assert found["kernels"] == {
         "packed attention": {"fp32": "segments", "bf16": "segments"},
         "adam": {"fp32": "torch"},
+        "weight gradients": {"fp32": "torch"},
     }
     assert found["machine"]["cores"] <= (os.cpu_count() or 1)
     assert found["machine"]["memory_gib"] > 0 and found["machine"]["free_disk_gib"] > 0
