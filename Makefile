@@ -1,6 +1,6 @@
 # A fresh machine needs two commands: `make quickstart` and `make test`. Each sets up what it needs first.
 #
-#   make quickstart   set up, then the whole path on embedded multilingual data (three and a half minutes on two idle cores)
+#   make quickstart   set up, then the whole path on embedded multilingual data (three minutes on two idle cores)
 #   make test         set up, then lint, types and all tests (under fourteen minutes on two cores)
 #   make drill        the slow tests
 #   make format       rewrite the sources in the house format
