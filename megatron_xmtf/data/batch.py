@@ -9,6 +9,7 @@
     labels         7    8    2    4    5    2    0      next token
     predicted      0    1    1    0    1    1    0      the label is a target of the same segment
     loss_positions      1    2         4    5           where it is, row by row of [sequence, micro_batch]
+    prefix_mask    1    1    0    0    1    0    0      prefix-LM alone: inputs, seen by all of their example
 
     loss_weights of the predicted, `target_sequence`: 1/2 1/2 . 1/2 1/2 (the other normalisations: `loss_weights.py`)
 
@@ -52,6 +53,9 @@ class Batch:
     loss_positions: torch.Tensor
     """int64 [num_target_tokens], increasing: the positions with a weight, counted in [sequence, micro_batch], as the
     model's hidden states lie: position t of row r is t * micro_batch + r. The head is computed for these alone."""
+    prefix_mask: torch.Tensor | None
+    """bool, inputs of an example, which all of its tokens see, also those before (prefix-LM); False on targets, texts
+    and padding. None: attention is causal."""
     num_loss_units: int
     """What the sum of weighted losses is divided by, once summed over the global batch."""
     num_examples: int
@@ -69,6 +73,8 @@ class Batch:
     def model_inputs(self, *, with_labels: bool) -> dict[str, torch.Tensor]:
         """Return the keyword arguments of the model's forward pass."""
         inputs = {"tokens": self.tokens, "segment_ids": self.segment_ids}
+        if self.prefix_mask is not None:
+            inputs["prefix_mask"] = self.prefix_mask
         if with_labels:
             inputs |= {"labels": self.labels, "loss_positions": self.loss_positions}
         return inputs
@@ -83,6 +89,7 @@ class Batch:
             segment_ids=self.segment_ids.to(device, non_blocking=True),
             loss_weights=self.loss_weights.to(device, non_blocking=True),
             loss_positions=self.loss_positions.to(device, non_blocking=True),
+            prefix_mask=None if self.prefix_mask is None else self.prefix_mask.to(device, non_blocking=True),
         )
 
 
@@ -91,11 +98,13 @@ def build_batch(
     *,
     normalization: LossNormalization,
     dataset_target_tokens: NDArray[np.int64] | None = None,
+    prefix_lm: bool = False,
 ) -> Batch:
     """Build a micro-batch; the worked example is in the module's docstring.
 
     Args:    rows: at least one, all of the same length sequence_length + 1; rows of padding alone are allowed.
              dataset_target_tokens: [datasets], of the whole global batch; needed for `dataset`, and only there.
+             prefix_lm: let the inputs of an example be seen by all of it.
     """
     assert rows, "a micro-batch has at least one row"
     tokens = np.stack([row.tokens for row in rows]).astype(np.int64)  # [micro_batch, sequence + 1]
@@ -104,6 +113,7 @@ def build_batch(
     same_segment = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] > 0)
     predicted = is_target[:, 1:] & same_segment  # [micro_batch, sequence]
     segment_ids = segment_ids[:, :-1]
+    prefix_mask = (segment_ids > 0) & ~is_target[:, :-1]
     loss_weights, num_loss_units = weigh_targets(
         predicted,
         segment_ids,
@@ -118,6 +128,7 @@ def build_batch(
         segment_ids=torch.from_numpy(np.ascontiguousarray(segment_ids)),
         loss_weights=torch.from_numpy(loss_weights),
         loss_positions=torch.from_numpy(np.flatnonzero(predicted.T)),
+        prefix_mask=torch.from_numpy(prefix_mask) if prefix_lm else None,
         num_loss_units=num_loss_units,
         num_examples=sum(len(row.example_ids) for row in rows),
         num_tokens=int(np.count_nonzero(segment_ids)),

@@ -124,9 +124,9 @@ class BloomModel(LanguageModule):
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.decoder.set_input_tensor(tensor)
 
-    def prepare_attention(self, segment_ids: Tensor) -> Any:
-        """Return what the attention of every layer needs to know of the segments; segment_ids: int64 [b, s]."""
-        return self.attention.prepare(segment_ids, self.slopes)
+    def prepare_attention(self, segment_ids: Tensor, prefix_mask: Tensor | None) -> Any:
+        """Return what the attention of every layer needs to know of the segments; int64 and bool [b, s]."""
+        return self.attention.prepare(segment_ids, self.slopes, prefix_mask)
 
     def forward(
         self,
@@ -134,11 +134,13 @@ class BloomModel(LanguageModule):
         segment_ids: Tensor,
         labels: Tensor | None = None,
         loss_positions: Tensor | None = None,
+        prefix_mask: Tensor | None = None,
     ) -> Tensor:
         """Run this chunk.
 
         Args:    tokens, segment_ids: int64 [b, s]. labels: int64 [b, s], or None for logits.
                  loss_positions: int64 [n], of [s, b] flattened, where a loss is computed; None: everywhere.
+                 prefix_mask: bool [b, s], inputs that all of their segment sees (prefix-LM); None: none.
         Returns: hidden states [s, b, h] on inner stages ([s / tp, b, h] under sequence parallelism); on the last
                  stage fp32 losses [b, s] with labels (0 where none is computed), logits [b, s, vocab / tp] without.
         """
@@ -146,7 +148,7 @@ class BloomModel(LanguageModule):
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            attention_bias=self.prepare_attention(segment_ids),
+            attention_bias=self.prepare_attention(segment_ids, prefix_mask),
         )
         if not self.post_process:
             return hidden

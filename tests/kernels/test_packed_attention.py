@@ -224,19 +224,28 @@ def test_a_segment_cut_into_blocks_of_queries_is_exact(dtype: torch.dtype, bound
 @pytest.mark.parametrize("fault", ["bias of the table's first column", "a block too short"])
 def test_a_block_taken_from_the_wrong_place_is_seen(fault: str) -> None:
     segment_ids, query, key, value = long_row(torch.float32)
-    pattern = segments.find_segments(segment_ids, alibi_slopes(HEADS))
+    (row,) = segments.find_segments(segment_ids, alibi_slopes(HEADS))
     exact = attend("reference", query, key, value, segment_ids, alibi_slopes(HEADS))
-    bias = pattern.bias.roll(1, dims=2) if fault.startswith("bias") else pattern.bias.roll(1, dims=1)
-    broken = segments.SegmentPattern(lengths=pattern.lengths, bias=bias.nan_to_num(neginf=-1e9))
-    found = segments.packed_attention(query, key, value, broken)
+    dims = 3 if fault.startswith("bias") else 2
+    broken = [
+        tuple(block._replace(bias=block.bias.roll(1, dims=dims).nan_to_num(neginf=-1e9)) for block in segment)
+        for segment in row.segments
+    ]
+    found = segments.packed_attention(query, key, value, [row._replace(segments=tuple(broken))])
     assert worst(found[:-9], exact[:-9]) > 0.01
 
 
 def test_the_places_of_segments() -> None:
-    pattern = segments.find_segments(torch.tensor([[1, 1, 1, 2, 2, 0, 0, 0], [1] * 8, [0] * 8]), torch.tensor([0.5]))
-    assert pattern.lengths == ((3, 2, 3), (8, 0), (8,))
-    assert pattern.bias.shape == (1, 8, 8) and pattern.bias[0, 7, 3:].tolist() == [-2.0, -1.5, -1.0, -0.5, 0.0]
-    assert pattern.bias[0, 6, 6:].tolist() == [0.0, float("-inf")]
+    rows = segments.find_segments(torch.tensor([[1, 1, 1, 2, 2, 0, 0, 0], [1] * 8, [0] * 8]), torch.tensor([0.5]))
+    assert [row.padding for row in rows] == [3, 0, 8]
+    assert [[(block.queries, block.seen) for (block,) in row.segments] for row in rows] == [
+        [(3, 3), (2, 2)],
+        [(8, 8)],
+        [],
+    ]
+    ((block,),) = rows[1].segments
+    assert block.bias.shape == (1, 1, 8, 8) and block.bias[0, 0, 7, 3:].tolist() == [-2.0, -1.5, -1.0, -0.5, 0.0]
+    assert block.bias[0, 0, 6, 6:].tolist() == [0.0, float("-inf")]
 
 
 @pytest.mark.parametrize("row", [[1, 1, 2, 1], [0, 0, 1, 1]])

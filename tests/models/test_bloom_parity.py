@@ -61,7 +61,9 @@ def rank_logits(
         bloom.alibi_slopes = lambda heads: -straight(heads)
     if fault == "leaked segment":
         prepare = bloom.BloomModel.prepare_attention
-        bloom.BloomModel.prepare_attention = lambda model, segment_ids: prepare(model, torch.ones_like(segment_ids))
+        bloom.BloomModel.prepare_attention = lambda model, segment_ids, prefix_mask: prepare(
+            model, torch.ones_like(segment_ids), prefix_mask
+        )
     chunks = build_model(architecture_from_hf(hf_config), parallel=parallel)
     load_model_weights(chunks, checkpoint)
     if fault == "swapped QKV":

@@ -114,7 +114,9 @@ def test_a_leaked_segment_is_seen(
 
     prepare = bloom.BloomModel.prepare_attention
     monkeypatch.setattr(
-        bloom.BloomModel, "prepare_attention", lambda model, segment_ids: prepare(model, torch.ones_like(segment_ids))
+        bloom.BloomModel,
+        "prepare_attention",
+        lambda model, segment_ids, prefix_mask: prepare(model, torch.ones_like(segment_ids), prefix_mask),
     )
     gradients = ours(run_config, "TP1", packed_rows(count_multiple=4), "target_sequence")
     assert worst(gradients, expected_gradients(tiny_hf, "target_sequence"))[0] > 100 * TOLERANCE

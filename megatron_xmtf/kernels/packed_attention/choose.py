@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +19,20 @@ from torch import Tensor
 from megatron_xmtf.errors import ConfigError
 from megatron_xmtf.kernels.packed_attention import reference, sdpa, segments
 
-__all__ = ["PackedAttention", "choose_packed_attention"]
+__all__ = ["PackedAttention", "Prepare", "choose_packed_attention"]
 
 logger = logging.getLogger(__name__)
+
+
+class Prepare(Protocol):
+    """Learn, once a forward pass and without gradient, what `attend` needs to know of the segments."""
+
+    def __call__(self, segment_ids: Tensor, slopes: Tensor, prefix_mask: Tensor | None = None) -> Any:
+        """Prepare.
+
+        Args:  segment_ids: int [b, s]. slopes: fp32 [n], this rank's heads. prefix_mask: bool [b, s], the inputs that
+               begin each segment and are seen by all of it (prefix-LM); None: every segment is causal.
+        """
 
 
 @dataclass(frozen=True)
@@ -30,8 +41,8 @@ class PackedAttention:
 
     name: str
     """As `kernels.attention` says it."""
-    prepare: Callable[[Tensor, Tensor], Any]
-    """segment_ids int [b, s], slopes fp32 [n] -> what `attend` needs to know of the segments; without gradient."""
+    prepare: Prepare
+    """segment_ids, slopes, prefix_mask -> what `attend` needs to know of the segments."""
     attend: Callable[..., Tensor]
     """query, key, value [s, b, n, d], what `prepare` returned, dropout -> [s, b, n * d]; see `reference`."""
 

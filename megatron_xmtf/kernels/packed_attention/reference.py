@@ -4,6 +4,11 @@ Legend:  b micro-batch, n heads of this tensor-parallel rank, s sequence, d head
 
     segment_ids   1  1  1  2  2  0          query row 4 (segment 2) sees keys 3 and 4 alone;
     key visible   0  0  0  1  1  0          its bias is slope * (key - query) = -slope, 0
+
+Prefix-LM: the inputs of an example, marked in `prefix_mask`, are seen by all of its tokens, before and after.
+
+    segment_ids   1  1  1  1  2  2  0       query row 0 sees keys 0, 1 and 2, with bias 0, slope, 2 * slope;
+    prefix_mask   1  1  1  0  1  0  0       query row 3, a target, sees 0 to 3; query row 5 sees 4 and 5
 """
 
 from __future__ import annotations
@@ -36,21 +41,29 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return torch.tensor(slopes, dtype=torch.float32)
 
 
-def packed_bias(segment_ids: Tensor, slopes: Tensor) -> Tensor:
-    """Return what is added to the scores: ALiBi inside a causal segment, -inf elsewhere.
+def packed_bias(segment_ids: Tensor, slopes: Tensor, prefix_mask: Tensor | None = None) -> Tensor:
+    """Return what is added to the scores: ALiBi where a query sees a key, -inf elsewhere.
+
+    A query sees the keys of its segment that are not later, and those that `prefix_mask` marks.
 
     The distance key - query is used, not the key's position alone as `transformers` does: softmax cannot tell them
     apart, and small numbers keep their precision deep in a long row. Positions need no reset at segment borders.
     Padding (segment 0) sees padding, so that no row is all -inf.
 
-    Args:    segment_ids: int [b, s]. slopes: fp32 [n], this rank's heads.
+    Args:    segment_ids: int [b, s]. slopes: fp32 [n], this rank's heads. prefix_mask: bool [b, s], the inputs of each
+             segment, which begin it, False on padding; None: none, every segment is causal.
     Returns: fp32 [b, n, s, s] (query, key).
+    Source:  prefix-LM, Raffel et al. 2020, section 3.2.1; with ALiBi as Megatron-DeepSpeed has it (`prefixlm`): its
+             bias slope * position of the key is the same in both directions, no distance is made positive.
     """
     sequence = segment_ids.size(1)
     position = torch.arange(sequence, device=segment_ids.device)
     distance = position[None, :] - position[:, None]  # [query, key], key - query
     alibi = slopes[:, None, None] * distance  # [n, query, key]
-    visible = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (distance <= 0)  # [b, query, key]
+    seen = distance[None] <= 0  # [b or 1, query, key]
+    if prefix_mask is not None:
+        seen = seen | prefix_mask[:, None, :]
+    visible = (segment_ids[:, :, None] == segment_ids[:, None, :]) & seen  # [b, query, key]
     return alibi[None].masked_fill(~visible[:, None], float("-inf"))
 
 
