@@ -91,13 +91,26 @@ def test_verb_writes_results_report_and_table(
     assert json.loads(capsys.readouterr().out) == written
 
 
-def test_generate_verb(tiny_hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prompts = ["--prompt", "Monday", "--prompt", "lundi mardi"]
-    assert main(["generate", "--hf", str(tiny_hf), *prompts, "--max-new-tokens", "4", "--json"]) == 0
-    answers = json.loads(capsys.readouterr().out)
-    assert [answer["prompt"] for answer in answers] == ["Monday", "lundi mardi"]
-    assert main(["generate", "--hf", str(tiny_hf), *prompts, "--max-new-tokens", "4"]) == 0
-    assert capsys.readouterr().out == "".join(f"{a['prompt']}{a['text']}\n" for a in answers)
+def test_generate_verb(tiny_hf: Path, tiny_mt5_hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = ["--prompt", "Monday", "--prompt", "lundi\nmardi"]
+    for directory in (tiny_hf, tiny_mt5_hf):
+        arguments = ["generate", "--hf", str(directory), *prompts, "--max-new-tokens", "4"]
+        assert main([*arguments, "--json"]) == 0
+        answers = json.loads(capsys.readouterr().out)
+        assert [answer["prompt"] for answer in answers] == ["Monday", "lundi\nmardi"]
+        assert main(arguments) == 0
+        first, second = ("\n        ".join(answer["text"].strip().splitlines()) for answer in answers)
+        expected = f"prompt  Monday\ntext    {first}\n\nprompt  lundi\n        mardi\ntext    {second}\n"
+        assert capsys.readouterr().out == expected
+
+
+def test_prompts_and_texts_are_told_apart() -> None:
+    from megatron_xmtf.cli.generate import _word
+
+    assert _word(" Monday?", " Tuesday\nWednesday\n", dim=False) == (
+        "prompt  Monday?\ntext    Tuesday\n        Wednesday"
+    )
+    assert _word("Monday?", "", dim=True) == "\x1b[2mprompt  Monday?\x1b[0m\ntext    "
 
 
 def test_user_mistakes_end_with_2_and_write_nothing(

@@ -125,7 +125,9 @@ def test_impossible_sizes_and_verbs_on_a_checkpoint(
     capsys.readouterr()
     arguments = ["--checkpoint", str(checkpoint), "--prompt", "Monday", "--max-new-tokens", "4"]
     assert main(["generate", *arguments]) == 0
-    assert capsys.readouterr().out == f"Monday{text[0]}\n"
+    assert (
+        capsys.readouterr().out == "prompt  Monday\ntext    " + "\n        ".join(text[0].strip().splitlines()) + "\n"
+    )
 
 
 def ask_broken(*, backend, tokenizer, show_progress):
