@@ -16,6 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write; must not exist")
     parser.add_argument("--dtype", metavar="TYPE", help="float32, bfloat16 or float16; default: as in the checkpoint")
     parser.add_argument("--format", choices=["hf"], default="hf", help="hf: Hugging Face, safetensors")
+    parser.add_argument(
+        "--allow-causal",
+        action="store_true",
+        help="write the weights of a model trained with batch.prefix_lm, whose inputs transformers reads causally",
+    )
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
 
@@ -27,7 +32,12 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_xmtf.conversion.huggingface_export import export_huggingface
     from megatron_xmtf.conversion.huggingface_model import parse_dtype
 
-    done = export_huggingface(arguments.checkpoint, arguments.output, dtype=parse_dtype(arguments.dtype))
+    done = export_huggingface(
+        arguments.checkpoint,
+        arguments.output,
+        dtype=parse_dtype(arguments.dtype),
+        allow_causal=arguments.allow_causal,
+    )
     if arguments.json:
         paths = {"directory": str(done.directory), "checkpoint": str(done.checkpoint)}
         print(json.dumps({**asdict(done), **paths}, indent=2))

@@ -99,6 +99,10 @@ class BatchConfig(Section):
     encoder_eos: bool = True
     """Whether the inputs of each example end with EOS on the encoder's side. true: T5, mT5 and Flan-T5, whose T5X tasks
     append EOS to inputs and targets alike. Without meaning for a decoder-only model."""
+    prefix_lm: bool = False
+    """Whether a decoder-only model reads the inputs of an example in both directions: all of them are seen by each of
+    them, while targets, and texts without inputs, stay causal. Evaluation and generation from the checkpoint do the
+    same; `transformers` cannot. false: BLOOMZ, whose trainer (Megatron-DeepSpeed) calls it `--prefixlm`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -121,6 +125,15 @@ class BatchConfig(Section):
                 f"batch.encoder_length={encoder} and batch.decoder_length={decoder}; leave it out"
             )
         return {**values, "sequence_length": encoder + decoder}
+
+    @model_validator(mode="after")
+    def _prefix_lm_of_one_line(self) -> BatchConfig:
+        if self.prefix_lm and self.encoder_length is not None:
+            raise ValueError(
+                f"batch.prefix_lm=true is for decoder-only models, and batch.encoder_length={self.encoder_length} is "
+                "of an encoder-decoder, whose encoder reads inputs in both directions anyway; leave prefix_lm out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rampup_reaches_global_batch(self) -> BatchConfig:

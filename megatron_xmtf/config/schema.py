@@ -123,6 +123,12 @@ class RunConfig(Section):
                 f"kernels.attention=sdpa needs precision=fp32, it is {self.precision}: torch would round the ALiBi "
                 "bias to it; use auto or reference"
             )
+        if batch.prefix_lm and self.checkpoint.export_huggingface != "none":
+            raise ValueError(
+                f"checkpoint.export_huggingface={self.checkpoint.export_huggingface} and batch.prefix_lm=true: "
+                "transformers would read inputs causally, another model than the trained one; leave export_huggingface "
+                "out (`xmtf export --allow-causal` writes the weights all the same)"
+            )
         profile = self.logging.profile
         if profile is not None and profile.start + profile.steps - 1 > self.train_steps:
             raise ValueError(

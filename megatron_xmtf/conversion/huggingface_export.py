@@ -18,6 +18,7 @@ import torch
 
 from megatron_xmtf.checkpoint.directory import find_checkpoint
 from megatron_xmtf.checkpoint.manifest import CheckpointManifest, open_manifest
+from megatron_xmtf.checkpoint.reading_direction import attends_prefix
 from megatron_xmtf.checkpoint.safe_read import CheckpointReader
 from megatron_xmtf.conversion.families import mapping_of
 from megatron_xmtf.conversion.huggingface import convert_part
@@ -25,7 +26,7 @@ from megatron_xmtf.conversion.huggingface_model import config_dtype, copy_side_f
 from megatron_xmtf.conversion.mapping import MatchedParameter, check_shapes, match_names
 from megatron_xmtf.conversion.model_card import model_card
 from megatron_xmtf.conversion.safetensors_file import SafetensorsWriter, TensorHeader, plan_shards
-from megatron_xmtf.errors import CorruptCheckpointError
+from megatron_xmtf.errors import ConfigError, CorruptCheckpointError
 from megatron_xmtf.files import atomic_directory, write_json
 from megatron_xmtf.models.architecture import architecture_from_mapping
 from megatron_xmtf.progress import Progress
@@ -52,18 +53,28 @@ class ExportedModel:
 
 
 def export_huggingface(
-    checkpoint: Path | str, output: Path | str, *, dtype: torch.dtype | None = None
+    checkpoint: Path | str, output: Path | str, *, dtype: torch.dtype | None = None, allow_causal: bool = False
 ) -> ExportedModel:
     """Write the weights of a checkpoint as `save_pretrained` would, with config, tokenizer files and a model card.
 
     Memory: the rows of one stored chunk twice; an imported model's chunks have at most 256 MiB.
 
     Args:    checkpoint: one, or a run directory (its newest). dtype: type to write; None keeps each tensor's own.
+             allow_causal: write the weights of a prefix-LM, which `transformers` will run causally; config.json gets
+             "prefix_lm": true, and the model card says so.
     Raises:  MissingError, CorruptCheckpointError: not there, not whole. CheckpointError: tensors missing or unexpected.
-             NonFiniteError: NaN or Inf in a weight. ConfigError: `output` exists. On any error nothing is left there.
+             NonFiniteError: NaN or Inf in a weight. ConfigError: `output` exists; a prefix-LM without `allow_causal`.
+             On any error nothing is left there.
     """
     output, checkpoint = Path(output), find_checkpoint(checkpoint)
     manifest = open_manifest(checkpoint)
+    prefix_lm = attends_prefix(checkpoint, manifest)
+    if prefix_lm and not allow_causal:
+        raise ConfigError(
+            f"{checkpoint} was trained with batch.prefix_lm=true, to read inputs in both directions, and transformers "
+            "would read them causally: another model with the same weights. `xmtf evaluate --checkpoint` and `xmtf "
+            "generate --checkpoint` run it as trained; `xmtf export --allow-causal` writes the weights all the same."
+        )
     mapping = mapping_of(architecture_from_mapping(manifest.architecture))
     with CheckpointReader(checkpoint) as reader, atomic_directory(output) as temporary:
         parameters = match_checkpoint(reader, manifest)
@@ -75,14 +86,20 @@ def export_huggingface(
         ]
         stored = {dtype_name(header.dtype) for header in headers}
         name = stored.pop() if len(stored) == 1 else "mixed"
-        _write_config(temporary, name, architecture_class=mapping.architecture_class)
+        _write_config(temporary, name, architecture_class=mapping.architecture_class, prefix_lm=prefix_lm)
         shards = plan_shards(headers)
         again = set(mapping.repeated.values())
         count = sum(torch.Size(header.shape).numel() for header in headers if header.name not in again)
         total = sum(header.bytes for header in headers)
         _write_weights(temporary, shards, reader=reader, parameters=parameters, repeated=mapping.repeated)
         _write_index(temporary, shards, parameters=count)
-        card = model_card(manifest, dtype=name, parameters=count, architecture_class=mapping.architecture_class)
+        card = model_card(
+            manifest,
+            dtype=name,
+            parameters=count,
+            architecture_class=mapping.architecture_class,
+            prefix_lm=prefix_lm,
+        )
         (temporary / "README.md").write_text(card, encoding="utf-8")
     files = tuple(sorted(path.name for path in output.iterdir()))
     return ExportedModel(output, checkpoint, manifest.step, len(headers), count, total, name, files)
@@ -141,7 +158,7 @@ def _write_index(directory: Path, shards: dict[str, list[TensorHeader]], *, para
     write_json(directory / "model.safetensors.index.json", contents)
 
 
-def _write_config(directory: Path, dtype: str, *, architecture_class: str) -> None:
+def _write_config(directory: Path, dtype: str, *, architecture_class: str, prefix_lm: bool) -> None:
     """Bring the carried config.json up to the written weights; untouched, byte for byte, where it says so already."""
     try:
         config = read_config(directory)
@@ -150,9 +167,11 @@ def _write_config(directory: Path, dtype: str, *, architecture_class: str) -> No
             "the checkpoint carries no hf/config.json, so it cannot be exported; import the model again."
         ) from error
     changed: dict[str, Any] = {}
+    if bool(config.get("prefix_lm", False)) != prefix_lm:
+        changed["prefix_lm"] = prefix_lm
     if dtype != "mixed" and config_dtype(config) != dtype:
         # `dtype` is the name since transformers 4.56; older ones read `torch_dtype` alone.
-        changed = {"torch_dtype" if "torch_dtype" in config else "dtype": dtype}
+        changed["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     if architecture_class not in (config.get("architectures") or []):
         changed["architectures"] = [architecture_class]
     if changed:

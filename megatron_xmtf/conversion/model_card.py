@@ -17,10 +17,13 @@ AUTO_CLASSES = {
 """How the name of a model's class ends -> the class that opens it, and the hub's name of what it does."""
 
 
-def model_card(manifest: CheckpointManifest, *, dtype: str, parameters: int, architecture_class: str) -> str:
+def model_card(
+    manifest: CheckpointManifest, *, dtype: str, parameters: int, architecture_class: str, prefix_lm: bool
+) -> str:
     """Word the README.md of an exported model: what it is, and how to open it.
 
-    Args:  architecture_class: its class in `transformers`.
+    Args:  architecture_class: its class in `transformers`. prefix_lm: whether it was trained to read inputs in both
+           directions, which that class does not.
     """
     [(auto_class, pipeline_tag)] = [
         entry for ending, entry in AUTO_CLASSES.items() if architecture_class.endswith(ending)
@@ -37,6 +40,12 @@ def model_card(manifest: CheckpointManifest, *, dtype: str, parameters: int, arc
         if manifest.step
         else "Converted without training"
     )
+    warning = (
+        "\n\n**Prefix-LM.** It was trained to read its inputs in both directions (`prefix_lm` in config.json). The "
+        "class below reads them causally, so it computes something else unless it is given a mask of its own."
+        if prefix_lm
+        else ""
+    )
     shape = ", ".join(f"{name} {value}" for name, value in manifest.architecture.items())
     return f"""---
 library_name: transformers
@@ -48,7 +57,7 @@ tags:
 
 # Model card
 
-{trained}. {parameters:,} parameters in {dtype}. Written by megatron_xmtf {version}.
+{trained}. {parameters:,} parameters in {dtype}. Written by megatron_xmtf {version}.{warning}
 
 ```python
 from transformers import {auto_class}, AutoTokenizer

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_xmtf.checkpoint.manifest import open_manifest
+from megatron_xmtf.checkpoint.reading_direction import attends_prefix
 from megatron_xmtf.checkpoint.safe_read import CheckpointReader
 from megatron_xmtf.config.schema import ParallelConfig
 from megatron_xmtf.conversion.embedding_copies import model_architecture
@@ -28,6 +29,7 @@ from megatron_xmtf.data.encoder_decoder_batch import EncoderDecoderBatch, build_
 from megatron_xmtf.data.pair_rows import join_pairs, pack_pairs
 from megatron_xmtf.data.rows import pack_examples
 from megatron_xmtf.data.tokenizer import Tokenizer
+from megatron_xmtf.errors import ConfigError
 from megatron_xmtf.models.architecture import Architecture, EncoderDecoderArchitecture, architecture_from_mapping
 
 if TYPE_CHECKING:
@@ -83,16 +85,22 @@ def compare_logits(
     """Run both models on the same prompts, each in forked ranks of its own.
 
     Args:    parallel, world_size: layout of our engine. tolerance: see `LogitsComparison.limit`.
-    Raises:  ConfigError: the layout does not fit the model. CheckpointError: another model.
+    Raises:  ConfigError: the layout does not fit the model, or this is a prefix-LM. CheckpointError: another model.
     """
     from megatron_xmtf.parallel.launch import run_ranks
 
     checkpoint, directory = Path(checkpoint), Path(directory)
+    manifest = open_manifest(checkpoint)
+    if attends_prefix(checkpoint, manifest):
+        raise ConfigError(
+            f"{checkpoint} reads inputs in both directions (batch.prefix_lm), transformers reads them causally: their "
+            "logits differ by design. Compare the weights alone, with --weights-only."
+        )
     with HuggingFaceModel(directory) as model:
         architecture = model_architecture(model)
         stored = {tensor.dtype for tensor in model.tensors.values()}
     with CheckpointReader(checkpoint) as reader:
-        weights = match_checkpoint(reader, open_manifest(checkpoint))
+        weights = match_checkpoint(reader, manifest)
         stored |= {reader.tensors[parameter.ours].dtype for parameter in weights}
     rounded = narrower(*stored)
     prompts, kind = _prompt_ids(directory, architecture.vocab_size)

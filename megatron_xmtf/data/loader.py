@@ -35,7 +35,7 @@ class BatchLoader:
     """The micro-batches of one data-parallel rank.
 
     Args:    micro_batch_size: rows of one forward pass. step_rows: which rows each step reads, over all ranks.
-             data_parallel_rank, data_parallel_size: which share of each step is read.
+             data_parallel_rank, data_parallel_size: which share of each step is read. prefix_lm: see `build_batch`.
     Raises:  ConfigError: a global batch cannot be dealt evenly.
     """
 
@@ -48,13 +48,14 @@ class BatchLoader:
         data_parallel_rank: int,
         data_parallel_size: int,
         normalization: LossNormalization,
+        prefix_lm: bool = False,
     ) -> None:
         assert 0 <= data_parallel_rank < data_parallel_size, f"rank {data_parallel_rank} of {data_parallel_size}"
         require_even_deal(step_rows, micro_batch_size, data_parallel_size)
         self.rows = rows
         self.micro_batch_size, self.step_rows = micro_batch_size, step_rows
         self.data_parallel_rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
-        self.normalization = normalization
+        self.normalization, self.prefix_lm = normalization, prefix_lm
 
     def micro_batches(self, step: int) -> list[AnyBatch]:
         """Read this rank's micro-batches of a step, which counts from 0.
@@ -76,7 +77,10 @@ class BatchLoader:
             place = micro_batch * self.data_parallel_size + self.data_parallel_rank
             first = begin + place * self.micro_batch_size
             numbers = range(first, first + self.micro_batch_size)
-            batches.append(read_micro_batch(self.rows, numbers, normalization=self.normalization, counts=counts))
+            batch = read_micro_batch(
+                self.rows, numbers, normalization=self.normalization, counts=counts, prefix_lm=self.prefix_lm
+            )
+            batches.append(batch)
         return batches
 
 
@@ -86,16 +90,18 @@ def read_micro_batch(
     *,
     normalization: LossNormalization,
     counts: NDArray[np.int64] | None = None,
+    prefix_lm: bool = False,
 ) -> AnyBatch:
     """Read the rows of a micro-batch and build it; a number at or beyond the end is a row of padding.
 
     Args:    counts: target tokens of each dataset in the global batch, for the normalization `dataset`.
+             prefix_lm: of rows of one line, see `build_batch`.
     """
     if isinstance(rows, EncoderDecoderRows):
         two_sided = [rows[row] if row < len(rows) else rows.empty() for row in numbers]
         return build_encoder_decoder_batch(two_sided, normalization=normalization, dataset_target_tokens=counts)
     packed = [rows[row] if row < len(rows) else rows.empty() for row in numbers]
-    return build_batch(packed, normalization=normalization, dataset_target_tokens=counts)
+    return build_batch(packed, normalization=normalization, dataset_target_tokens=counts, prefix_lm=prefix_lm)
 
 
 def require_even_deal(step_rows: StepRows, micro_batch_size: int, data_parallel_size: int) -> None:
@@ -129,6 +135,7 @@ def validation_batches(
     data_parallel_rank: int,
     data_parallel_size: int,
     normalization: LossNormalization,
+    prefix_lm: bool = False,
 ) -> list[AnyBatch]:
     """Read this rank's share of the first rows, each row on exactly one rank.
 
@@ -143,5 +150,5 @@ def validation_batches(
     for micro_batch in range(-(-num_rows // share)):
         first = micro_batch * share + data_parallel_rank * micro_batch_size
         chosen = [row if row < num_rows else padding for row in range(first, first + micro_batch_size)]
-        batches.append(read_micro_batch(rows, chosen, normalization=normalization))
+        batches.append(read_micro_batch(rows, chosen, normalization=normalization, prefix_lm=prefix_lm))
     return batches

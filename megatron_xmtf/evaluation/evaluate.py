@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from megatron_xmtf.checkpoint.directory import find_checkpoint
 from megatron_xmtf.checkpoint.manifest import open_manifest
+from megatron_xmtf.checkpoint.reading_direction import attends_prefix
 from megatron_xmtf.config import ParallelConfig
 from megatron_xmtf.data.tokenizer import Tokenizer
 from megatron_xmtf.evaluation.ask import check_vocabulary, evaluate_tasks
@@ -129,7 +130,7 @@ def _on_checkpoint(
         architecture = architecture_from_mapping(manifest.architecture)
         chunks = build_model(architecture, parallel=parallel, precision=precision)
         load_model_weights(chunks, checkpoint)
-        backend = MegatronBackend(chunks, pad_id=tokenizer.pad_id)
+        backend = MegatronBackend(chunks, pad_id=tokenizer.pad_id, prefix_lm=attends_prefix(checkpoint, manifest))
         if isinstance(architecture, EncoderDecoderArchitecture):
             encoder_eos = (manifest.config or {}).get("batch", {}).get("encoder_eos", True)
             backend = EncoderDecoderMegatronBackend(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_xmtf.errors import CheckpointError
+from megatron_xmtf.errors import CheckpointError, ConfigError
 from megatron_xmtf.evaluation.backend import Pair, ignore_progress, logits_at_once, require_finite
 from megatron_xmtf.files import require_directory, require_file
 
@@ -48,7 +48,7 @@ class HuggingFaceBackend:
 
         Returns: an `EncoderDecoderBackend` where config.json says that it is one.
         Raises:  MissingError: no such directory, or no config.json. CheckpointError: transformers cannot read it, or
-                 weights are missing.
+                 weights are missing. ConfigError: it is a prefix-LM.
         """
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
         from transformers.utils.logging import disable_progress_bar
@@ -68,6 +68,12 @@ class HuggingFaceBackend:
             else:
                 words = str(error).strip() or type(error).__name__
             raise CheckpointError(f"{directory} cannot be read by transformers: {words}") from error
+        if getattr(config, "prefix_lm", False):
+            raise ConfigError(
+                f"{directory} holds a model trained to read inputs in both directions (prefix_lm in config.json), and "
+                "transformers reads them causally. Evaluate its checkpoint with --checkpoint; `xmtf import` makes one "
+                "of the directory."
+            )
         absent = sorted([*report["missing_keys"], *(str(entry) for entry in report["mismatched_keys"])])
         if absent:
             raise CheckpointError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
@@ -37,12 +38,20 @@ BATCHES_PER_RUN = 16
 class MegatronBackend:
     """A model that is split over ranks.
 
-    Args:  chunks: this rank's, of `build_model`, with weights. pad_id: token that fills rows.
+    Args:  chunks: this rank's, of `build_model`, with weights. pad_id: token that fills rows. prefix_lm: whether inputs
+           are read in both directions, as the model was trained (`batch.prefix_lm`).
            logits_per_batch: that a rank computes at once; a bound of memory, default by device.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], *, pad_id: int, logits_per_batch: int | None = None) -> None:
-        self.chunks, self.pad_id = list(chunks), pad_id
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        *,
+        pad_id: int,
+        prefix_lm: bool = False,
+        logits_per_batch: int | None = None,
+    ) -> None:
+        self.chunks, self.pad_id, self.prefix_lm = list(chunks), pad_id, prefix_lm
         self.vocab_size = int(unwrap_model(self.chunks[0]).architecture.vocab_size)
         local_words = -(-self.vocab_size // parallel_state.get_tensor_model_parallel_world_size())
         on_gpu = device_of(self.chunks).type == "cuda"
@@ -80,7 +89,7 @@ class MegatronBackend:
         for _ in range(max_new_tokens):
             if not going:
                 break
-            tokens = self._next_tokens([[*prompts[i], *answers[i]] for i in going])
+            tokens = self._next_tokens([(prompts[i], answers[i]) for i in going])
             still_going = []
             for i, token in zip(going, tokens, strict=True):
                 if token != eos_id:
@@ -91,10 +100,10 @@ class MegatronBackend:
         advance(len(going))
         return answers
 
-    def _next_tokens(self, texts: Sequence[Sequence[int]]) -> list[int]:
-        """Return the most probable token behind each text; a row holds one text."""
-        sequence_length = _round_up(max(map(len, texts)))
-        rows = [pack_examples([((), text)], sequence_length=sequence_length, pad_id=self.pad_id)[0] for text in texts]
+    def _next_tokens(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[int]:
+        """Return the most probable token behind each prompt and what its answer has so far; a row holds one of them."""
+        sequence_length = _round_up(max(len(prompt) + len(answer) for prompt, answer in texts))
+        rows = [_unfinished_row(*text, sequence_length=sequence_length, pad_id=self.pad_id) for text in texts]
         found = run_logits(self.chunks, self._batches(rows, sequence_length), best_at_end)
         return [token for tokens in found for token in tokens]
 
@@ -103,7 +112,10 @@ class MegatronBackend:
         size = self._batch_size(len(rows), tokens=sequence_length)
         padding = [empty_row(sequence_length=sequence_length, pad_id=self.pad_id)] * (-len(rows) % size)
         full = [*rows, *padding]
-        return [build_batch(full[i : i + size], normalization="target_token") for i in range(0, len(full), size)]
+        return [
+            build_batch(full[i : i + size], normalization="target_token", prefix_lm=self.prefix_lm)
+            for i in range(0, len(full), size)
+        ]
 
     def _batch_size(self, rows: int, *, tokens: int) -> int:
         """Return the rows of a micro-batch: within memory, and enough micro-batches for all ranks."""
@@ -116,6 +128,14 @@ class MegatronBackend:
         dp_size = parallel_state.get_data_parallel_world_size()
         count = BATCHES_PER_RUN * dp_size * parallel_state.get_pipeline_model_parallel_world_size()
         return [list(batches[i : i + count]) for i in range(0, len(batches), count)]
+
+
+def _unfinished_row(prompt: Sequence[int], answer: Sequence[int], *, sequence_length: int, pad_id: int) -> Row:
+    """Return a row of one example whose targets, `answer`, may be none yet."""
+    (row,) = pack_examples([((), [*prompt, *answer])], sequence_length=sequence_length, pad_id=pad_id)
+    is_target = row.is_target.copy()
+    is_target[: len(prompt)] = False
+    return replace(row, is_target=is_target)
 
 
 def sum_of_segments(batch: MicroBatch, losses: Tensor) -> list[tuple[int, float]]:

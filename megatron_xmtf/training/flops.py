@@ -3,7 +3,8 @@
     model FLOPs    what the field reports: every token of a row, padding too; full attention; the output layer for all
                    of them; forward and backward, recomputation not
     useful FLOPs   what the run is for: tokens that are not padding; each attends to itself and what stands before it
-                   in its own segment; the output layer where there is a loss, over the words that exist
+                   in its own segment, under prefix-LM inputs to all inputs; the output layer where there is a loss,
+                   over the words that exist
 
     BLOOM-560m (l 24, h 1024, V 250,880) at s 2048, GFLOP a token, forward and backward
       layers             72 l h^2           1.812
@@ -62,7 +63,8 @@ def useful_flops(architecture: BloomArchitecture, *, tokens: int, attention_pair
     """Return the useful FLOPs of forward and backward, as the module's docstring has them.
 
     Args:    tokens: not padding. attention_pairs: (query, key) pairs of one segment, the key not after the query:
-             n (n + 1) / 2 for a segment of n tokens. target_tokens: tokens with a loss.
+             n (n + 1) / 2 for a segment of n tokens, p (p - 1) / 2 more if p of them are inputs under prefix-LM.
+             target_tokens: tokens with a loss.
     """
     hidden, layers = architecture.hidden_size, architecture.num_layers
     body = 72.0 * layers * hidden**2 * tokens

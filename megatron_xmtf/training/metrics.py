@@ -45,7 +45,8 @@ class StepCounts:
     """Tokens that are not padding."""
     target_tokens: int
     attention_pairs: int
-    """(Query, key) pairs of one segment, the key not after the query; of an encoder-decoder those of the decoder."""
+    """(Query, key) pairs of one segment, the key not after the query or, under prefix-LM, both of the inputs; of an
+    encoder-decoder those of the decoder."""
     encoder_pairs: int = 0
     """Pairs of one encoder segment; 0 for a decoder model."""
     cross_pairs: int = 0
@@ -60,7 +61,7 @@ class StepCounts:
             examples=sum(batch.num_examples for batch in batches),
             tokens=sum(batch.num_tokens for batch in batches),
             target_tokens=sum(batch.num_target_tokens for batch in batches),
-            attention_pairs=sum(_causal_pairs(batch) for batch in batches),
+            attention_pairs=sum(_seen_pairs(batch) for batch in batches),
             encoder_pairs=sum(
                 _shared_pairs(batch.encoder_segment_ids, batch.encoder_segment_ids) for batch in two_sided
             ),
@@ -68,11 +69,15 @@ class StepCounts:
         )
 
 
-def _causal_pairs(batch: MicroBatch) -> int:
-    """Count what causal tokens see: that at position p of its segment sees p + 1; positions of padding are 0."""
+def _seen_pairs(batch: MicroBatch) -> int:
+    """Count what tokens see: that at position p of its segment sees p + 1; positions of padding are 0.
+
+    Under prefix-LM p inputs, at positions 0 to p - 1, see p (p - 1) / 2 later ones, the sum of their positions.
+    """
     if isinstance(batch, EncoderDecoderBatch):
         return int(batch.decoder_position_ids.sum()) + batch.num_target_tokens
-    return int(batch.position_ids.sum()) + batch.num_tokens
+    later = 0 if batch.prefix_mask is None else int(batch.position_ids[batch.prefix_mask].sum())
+    return int(batch.position_ids.sum()) + batch.num_tokens + later
 
 
 def _shared_pairs(queries: torch.Tensor, keys: torch.Tensor) -> int:

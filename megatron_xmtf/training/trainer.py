@@ -126,6 +126,7 @@ class Trainer:
             data_parallel_rank=topology.dp_rank,
             data_parallel_size=topology.dp_size,
             normalization=self.config.loss.normalization,
+            prefix_lm=self.config.batch.prefix_lm,
         )
         measured = open_validation_rows(prepared) if self.config.evaluation.interval is not None else {}
         self.validation = validation_batches_by_name(self.config, measured)

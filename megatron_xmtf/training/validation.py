@@ -35,6 +35,7 @@ def validation_batches_by_name(
                 data_parallel_rank=0,
                 data_parallel_size=1,
                 normalization="target_sequence",
+                prefix_lm=config.batch.prefix_lm,
             ),
         )
         for name, (dataset, rows) in rows_by_name.items()
