@@ -55,7 +55,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = shutil.disk_usage(path.parent).free / 2**30
+        existing = next(parent for parent in path.absolute().parents if parent.exists())
+        free = shutil.disk_usage(existing).free / 2**30
         raise DiskFullError(
             f"no space left while writing {path}: {free:.2f} GiB free; nothing under the final name was changed. "
             "Free space or choose another output directory."

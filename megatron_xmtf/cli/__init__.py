@@ -7,6 +7,7 @@ nothing heavy at its top, so that every `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import sys
@@ -37,6 +38,9 @@ VERBS: dict[str, str] = {
     "doctor": "doctor",
 }
 """Verb -> module of this package, in the order of the data flow."""
+
+DISK_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EREMOTEIO)
+"""What a disk that is full, failing or gone says: no defect of ours, so no traceback."""
 
 EXIT_CODES = """exit codes:
   0 done   1 failed   2 the user's mistake   3 requeue   4 config mismatch   5 corrupt checkpoint
@@ -121,6 +125,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (head, less) went away; Python would complain again at shutdown when flushing.
         sys.stderr.close()
         return int(ExitCode.FAILED)
+    except OSError as error:
+        if error.errno not in DISK_REFUSALS:
+            traceback.print_exc()
+            return int(ExitCode.FAILED)
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "no space left; free some" if is_full else "the file system or its disk is failing; mend it"
+        print(
+            f"xmtf {parsed.verb}: {error}: {what}, and start the same command again. What has its final name is whole.",
+            file=sys.stderr,
+        )
+        return int(ExitCode.DISK_FULL if is_full else ExitCode.FAILED)
     except Exception:
         traceback.print_exc()
         return int(ExitCode.FAILED)

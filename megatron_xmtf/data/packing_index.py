@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xmtf.config.row_lengths import EncoderDecoderLengths, RowLengths, row_capacity
+from megatron_xmtf.data.array_file import save_array
 from megatron_xmtf.errors import ConfigError, DatasetError
 from megatron_xmtf.files import atomic_directory, read_json, sha256_file, write_json
 
@@ -172,7 +173,7 @@ class PackingIndex:
         for name, array in arrays.items():
             assert array.dtype in ARRAYS[name], f"{name} is {array.dtype}, not one of {ARRAYS[name]}"
             path = directory / f"{name}.npy"
-            np.save(path, array, allow_pickle=False)
+            save_array(path, array)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         write_json(
             directory / MANIFEST,

@@ -2,7 +2,8 @@
  *
  * The page (XMTF_FAULT_CONTROL, four int64): operations counted so far, the one to fault (from 1; 0: none), the mode,
  * the errno. Operations of all processes are counted together. Only paths below XMTF_FAULT_ROOT count:
- * opening for writing, write, fsync, rename, mkdir, unlink, rmdir.
+ * opening for writing, write (also of stdio, which NumPy writes through, and of the kernel's own copying), fsync,
+ * ftruncate, rename, mkdir, unlink, rmdir.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -11,10 +12,13 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 enum { FAIL_ONCE = 1, FAIL_FOREVER = 2, SHORT_WRITE = 3, KILL = 4 };
@@ -102,8 +106,67 @@ ssize_t write(int descriptor, const void *data, size_t count) {
     return REAL(write)(descriptor, data, count);
 }
 
+#define PWRITE(name, offset_type)                                                         \
+    ssize_t name(int descriptor, const void *data, size_t count, offset_type at) {        \
+        int mode = descriptor_below(descriptor) ? fault() : 0;                            \
+        if (mode == FAIL_ONCE || mode == FAIL_FOREVER) return -1;                         \
+        if (mode == SHORT_WRITE && count > 1) count /= 2;                                 \
+        return REAL(name)(descriptor, data, count, at);                                   \
+    }
+PWRITE(pwrite, off_t)
+PWRITE(pwrite64, off64_t)
+
+ssize_t writev(int descriptor, const struct iovec *parts, int count) {
+    int mode = descriptor_below(descriptor) ? fault() : 0;
+    if (mode == FAIL_ONCE || mode == FAIL_FOREVER) return -1;
+    if (mode == SHORT_WRITE && count > 1) count /= 2;
+    return REAL(writev)(descriptor, parts, count);
+}
+
+/* stdio writes through a call of its own that nobody can interpose; what fails here fails for its caller alike. */
+size_t fwrite(const void *data, size_t size, size_t count, FILE *stream) {
+    return FAILS(descriptor_below(fileno(stream))) ? 0 : REAL(fwrite)(data, size, count, stream);
+}
+
+#define FOPEN(name)                                                                       \
+    FILE *name(const char *path, const char *how) {                                       \
+        if (FAILS(strpbrk(how, "wa+") && below(path))) return NULL;                       \
+        return REAL(name)(path, how);                                                     \
+    }
+FOPEN(fopen)
+FOPEN(fopen64)
+
+#define SENDFILE(name, offset_type)                                                       \
+    ssize_t name(int to, int from, offset_type *at, size_t count) {                       \
+        int mode = descriptor_below(to) ? fault() : 0;                                    \
+        if (mode == FAIL_ONCE || mode == FAIL_FOREVER) return -1;                         \
+        if (mode == SHORT_WRITE && count > 1) count = count > 64 ? 64 : count / 2;        \
+        return REAL(name)(to, from, at, count);                                           \
+    }
+SENDFILE(sendfile, off_t)
+SENDFILE(sendfile64, off64_t)
+
+ssize_t copy_file_range(int from, off64_t *from_at, int to, off64_t *to_at, size_t count, unsigned flags) {
+    int mode = descriptor_below(to) ? fault() : 0;
+    if (mode == FAIL_ONCE || mode == FAIL_FOREVER) return -1;
+    if (mode == SHORT_WRITE && count > 1) count /= 2;
+    return REAL(copy_file_range)(from, from_at, to, to_at, count, flags);
+}
+
 int fsync(int descriptor) {
     return FAILS(descriptor_below(descriptor)) ? -1 : REAL(fsync)(descriptor);
+}
+
+int fdatasync(int descriptor) {
+    return FAILS(descriptor_below(descriptor)) ? -1 : REAL(fdatasync)(descriptor);
+}
+
+int ftruncate(int descriptor, off_t length) {
+    return FAILS(descriptor_below(descriptor)) ? -1 : REAL(ftruncate)(descriptor, length);
+}
+
+int ftruncate64(int descriptor, off64_t length) {
+    return FAILS(descriptor_below(descriptor)) ? -1 : REAL(ftruncate64)(descriptor, length);
 }
 
 int rename(const char *from, const char *to) {

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_xmtf.data.array_file import save_array
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.guards.evaluation_index import EvaluationText
 from megatron_xmtf.data.guards.settings import BITS, GuardSettings
@@ -73,7 +74,7 @@ class GuardFlags:
         for number, flags in enumerate(self.flags):
             assert flags.dtype == np.uint8, f"flags are {flags.dtype}, the format has uint8"
             path = directory / f"flags_{number:05d}.npy"
-            np.save(path, flags, allow_pickle=False)
+            save_array(path, flags)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         facts = {"key": self.key, "key_inputs": self.key_inputs, "report": self.report, "files": files}
         write_json(directory / MANIFEST, {"format": FORMAT, "version": VERSION, **facts})

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_xmtf.data.array_file import map_new_array
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.guards.contamination import Finds, find_contamination
 from megatron_xmtf.data.guards.evaluation_index import EvaluationIndex, EvaluationText, build_evaluation_index
@@ -221,7 +222,7 @@ class _Scan:
         keys, bands_path = np.zeros(len(flags), np.uint64), directory / "bands.npy"
         bands = None
         if self.has_near and len(flags):
-            bands = np.lib.format.open_memmap(bands_path, mode="w+", dtype=np.uint32, shape=(BANDS, len(flags)))
+            bands = map_new_array(bands_path, np.uint32, (BANDS, len(flags)))
         with Progress("guards", total=len(flags), unit="examples", enabled=self.show_progress) as bar:
             for result in pool.map(_scan_chunk, self.corpus.chunks()):
                 chunk, stop = result.chunk, result.chunk.first + len(result.chunk.ids)
