@@ -47,6 +47,7 @@ def run_config(**sections: Any) -> RunConfig:
 class Engine:
     """What one rank trains with."""
 
+    config: RunConfig
     chunks: list[Any]
     optimizer: MegatronOptimizer
 
@@ -137,7 +138,7 @@ def start_engine(
     if config.parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         model_config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
-    return Engine(wrapped, optimizer)
+    return Engine(config, wrapped, optimizer)
 
 
 def assemble(results: Sequence[Sequence[Shard]], *, tolerance: float = 1e-5) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_xmtf.errors import ConfigError, CorruptCheckpointError
 from megatron_xmtf.files import require_file, safe_child
 
-__all__ = ["CheckpointReader", "StoredTensor", "check_metadata", "check_safe", "read_metadata"]
+__all__ = ["CheckpointReader", "StoredTensor", "check_metadata", "check_safe", "read_metadata", "tiling_problem"]
 
 METADATA_NAME = ".metadata"
 COMMON_NAME = "common.pt"
@@ -174,10 +175,10 @@ def _entry_problem(key: str, entry: object, places: dict[MetadataIndex, Any]) ->
     for chunk in entry.chunks:
         if MetadataIndex(key, chunk.offsets) not in places:
             return f"has a chunk at {tuple(chunk.offsets)} that is stored nowhere"
-    return _tiling_problem(entry)
+    return tiling_problem(entry)
 
 
-def _tiling_problem(entry: TensorStorageMetadata) -> str | None:
+def tiling_problem(entry: TensorStorageMetadata) -> str | None:
     """Say why the chunks do not tile the tensor: out of bounds, a repeated place, or a volume that is not its own."""
     volume = 0
     for chunk in entry.chunks:
@@ -277,6 +278,37 @@ class CheckpointReader:
             result[(slice(low - start, high - start), *place)] = tensor[low - first : high - first]
         return result
 
+    def read_into(self, key: str, target: torch.Tensor, *, offsets: Sequence[int]) -> None:
+        """Fill `target` with the box of a tensor that begins at `offsets`; what lies outside of the tensor stays.
+
+        Args:    target: [box], any device; its numbers are converted to its type.
+        Raises:  CorruptCheckpointError: there is no such tensor, it has other dimensions, or a chunk cannot be read.
+        """
+        entry = self.metadata.state_dict_metadata.get(key)
+        if not isinstance(entry, TensorStorageMetadata) or len(entry.size) != target.dim():
+            found = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+            raise CorruptCheckpointError(
+                f"{self.directory} holds no tensor {key} of {target.dim()} dimensions; its shape is {found}."
+            )
+        for chunk in entry.chunks:
+            begins = [max(a, b) for a, b in zip(chunk.offsets, offsets, strict=True)]
+            ends = [
+                min(a + size, b + wanted)
+                for a, size, b, wanted in zip(chunk.offsets, chunk.sizes, offsets, target.shape, strict=True)
+            ]
+            if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
+                continue
+            stored = self._chunk(key, chunk, entry.properties.dtype)
+            target[_slices(begins, ends, offsets)].copy_(stored[_slices(begins, ends, chunk.offsets)])
+
+    def first_place(self, key: str) -> tuple[str, int]:
+        """Return file and byte of a tensor's first chunk, to read tensors in the order of the disk; ("", 0): none."""
+        entry = self.metadata.state_dict_metadata.get(key)
+        if not isinstance(entry, TensorStorageMetadata) or not entry.chunks:
+            return "", 0
+        place = self.metadata.storage_data[MetadataIndex(key, entry.chunks[0].offsets)]
+        return place.relative_path, place.offset
+
     def read_object(self, key: str) -> Any:
         """Return a byte object, read with torch's restricted loader.
 
@@ -306,6 +338,11 @@ class CheckpointReader:
         assert isinstance(self._stream, io.IOBase), "a stream opened by `open`"
         view = _create_file_view(self._stream, place.offset, place.length)
         return _load_restricted(view, f"{path}, {index.fqn}")
+
+
+def _slices(begins: Sequence[int], ends: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    """Return [begins, ends) as slices counted from `origin`."""
+    return tuple(slice(begin - o, end - o) for begin, end, o in zip(begins, ends, origin, strict=True))
 
 
 def _load_restricted(stream: Any, what: Path | str) -> Any:

@@ -1,6 +1,7 @@
 """Plan a save: which rank writes which part of which tensor, without touching the disk.
 
     sharded state  ->  replicas dealt evenly to the data-parallel ranks  ->  items of this rank, described on rank 0
+    boxes of the distributed optimizer, which are nobody else's          ->  the same
 
 Megatron-Core's own `save` writes `common.pt` and makes directories while it plans, on single ranks: an error there
 leaves the others in a collective until its timeout. Here planning is collectives alone and writing is files alone.
@@ -9,7 +10,9 @@ leaves the others in a collective until its timeout. Here planning is collective
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,8 +26,19 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+
+from megatron_xmtf.checkpoint.agreement import gather
+from megatron_xmtf.checkpoint.optimizer_shards import StateBox
+from megatron_xmtf.checkpoint.safe_read import tiling_problem
+from megatron_xmtf.checkpoint.state import TrainingState
 
 __all__ = ["PlannedSave", "ShardItem", "ShardPlanner"]
 
@@ -54,11 +68,12 @@ class ShardPlanner:
 
     def __init__(self) -> None:
         self._parallel: FullyParallelSaveStrategyWrapper | None = None
+        self._described_boxes: dict[str, TensorStorageMetadata] = {}
 
-    def plan(self, state: dict[str, Any]) -> PlannedSave:
+    def plan(self, state: TrainingState) -> PlannedSave:
         """Return this rank's part of the state; every rank calls it.
 
-        Args:    state: Megatron-Core's sharded state dict, the same names every time.
+        Args:    state: the same names and shapes every time.
         """
         first = self._parallel is None
         if self._parallel is None:
@@ -66,7 +81,7 @@ class ShardPlanner:
             self._parallel = FullyParallelSaveStrategyWrapper(
                 get_default_save_sharded_strategy(), group, do_cache_distribution=True
             )
-        sharded, common = save_preprocess(state, validate_access_integrity=first)
+        sharded, common = save_preprocess(state.sharded, validate_access_integrity=first)
         self._parallel.apply_saving_parallelization(sharded)
         named, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
         collector = _ItemCollector()
@@ -80,7 +95,28 @@ class ShardPlanner:
         if metadata is not None:
             # Every rank's plan, for plans kept from run to run, which this project does not keep: half of the file.
             metadata.__dict__.pop("all_local_plans", None)
-        return PlannedSave(collector.items, common, metadata)
+        boxes = [box for box in state.boxes if box.is_main]
+        if first:
+            self._described_boxes = _describe(boxes)
+        if metadata is not None:
+            metadata.state_dict_metadata.update(self._described_boxes)
+        items: list[ShardItem] = [(MetadataIndex(box.key, box.offsets), box.data.detach()) for box in boxes]
+        return PlannedSave(collector.items + items, common, metadata)
+
+
+def _describe(boxes: Sequence[StateBox]) -> dict[str, TensorStorageMetadata]:
+    """Return what all ranks' boxes make; every rank calls it. What a rank holds does not change within a run."""
+    parts = gather([(box.key, box.shape, box.data.dtype, box.offsets, tuple(box.data.shape)) for box in boxes])
+    described: dict[str, TensorStorageMetadata] = {}
+    for key, shape, dtype, offsets, sizes in chain.from_iterable(parts):
+        properties = TensorProperties(dtype=dtype)
+        entry = described.setdefault(key, TensorStorageMetadata(properties, torch.Size(shape), []))
+        assert entry.size == torch.Size(shape) and entry.properties.dtype == dtype, f"ranks differ about {key}"
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+    for key, entry in described.items():
+        problem = tiling_problem(entry)
+        assert problem is None, f"{key} {problem}"
+    return described
 
 
 class _ItemCollector:

@@ -168,6 +168,8 @@ def _writer_main(
         signal.signal(number, signal.SIG_IGN)
     # OpenMP's threads did not come along: a parallel region would wait for them for ever.
     torch.set_num_threads(1)
+    # The zip archive's own checksums: each file has its SHA-256.
+    torch.serialization.set_crc32_options(False)
     try:
         outcome: WrittenPart | Failure = write_part(
             directory, rank=rank, items=items, common=common, side_files=side_files

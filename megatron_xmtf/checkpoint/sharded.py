@@ -25,7 +25,8 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_xmtf.checkpoint.agreement import together
 from megatron_xmtf.checkpoint.manifest import CheckpointManifest, open_manifest, verify_hashes
-from megatron_xmtf.checkpoint.safe_read import check_safe
+from megatron_xmtf.checkpoint.optimizer_shards import StateBox, read_boxes
+from megatron_xmtf.checkpoint.safe_read import CheckpointReader, check_safe
 from megatron_xmtf.checkpoint.state import EXTRA_STATE, current_layout, model_state, set_rng_states, training_state
 from megatron_xmtf.errors import CheckpointError, CorruptCheckpointError
 from megatron_xmtf.models.architecture import architecture_from_mapping
@@ -68,12 +69,14 @@ def load_training_state(
     same_layout = common.get("layout") == current_layout()
     state = training_state(chunks, optimizer, is_loading=True)
     if not same_layout:
-        for key in [key for key in state if key.startswith("rng.")]:
-            del state[key]
-    loaded = _load(state, checkpoint)
+        for key in [key for key in state.sharded if key.startswith("rng.")]:
+            del state.sharded[key]
+    loaded = _load(state.sharded, checkpoint)
     _take_up_weights(chunks, loaded)
     with torch.no_grad():
-        optimizer.load_state_dict(loaded["optimizer"])
+        optimizer.load_state_dict(_with_groups(loaded["optimizer"], is_distributed=bool(state.boxes)))
+    if state.boxes:
+        together(lambda: _read_boxes(state.boxes, checkpoint))
     if same_layout:
         set_rng_states({key: loaded[key] for key in loaded if key.startswith("rng.")})
     return manifest
@@ -136,6 +139,26 @@ def _load(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     except (CheckpointingException, KeyError, RuntimeError) as error:
         raise _cannot_load(checkpoint, error) from error
     return loaded
+
+
+def _with_groups(found: dict[str, Any], *, is_distributed: bool) -> dict[str, Any]:
+    """Put the parameter groups where this run's optimizer looks for them, whichever kind saved them.
+
+    distributed, half precision     {"optimizer": {"param_groups": [{lr, step ...}]}}
+    whole, fp32                     {"param_groups": [{lr, step ..., params}]}        `params` is this run's own
+    """
+    nested, own = found.get("optimizer", {}).get("param_groups"), found.get("param_groups")
+    if is_distributed and nested is None:
+        return {**found, "optimizer": {"param_groups": own}}
+    if own is not None and nested is not None:
+        groups = [{**saved, **group} for saved, group in zip(nested, own, strict=True)]
+        return {**{key: value for key, value in found.items() if key != "optimizer"}, "param_groups": groups}
+    return found
+
+
+def _read_boxes(boxes: Sequence[StateBox], checkpoint: Path) -> None:
+    with CheckpointReader(checkpoint) as reader:
+        read_boxes(reader, boxes)
 
 
 def _cannot_load(checkpoint: Path, cause: BaseException) -> CorruptCheckpointError:

@@ -1,4 +1,7 @@
-"""What a training holds, as Megatron-Core's sharded tensors: weights, optimizer, RNG states, under global names.
+"""What a training holds, as parts of global tensors: weights, optimizer, RNG states.
+
+    weights, RNG states, state of an optimizer that is whole    Megatron-Core's sharded tensors
+    state of the distributed optimizer                          boxes, see `optimizer_shards.py`
 
 RNG states are stored as plain tensors over (pp, tp, dp), so that a checkpoint needs no pickled object; they are taken
 up again at the same layout only.
@@ -7,6 +10,7 @@ up again at the same layout only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,12 +20,22 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
-__all__ = ["EXTRA_STATE", "SHARDING", "current_layout", "model_state", "set_rng_states", "training_state"]
+from megatron_xmtf.checkpoint.optimizer_shards import StateBox, distributed_part, optimizer_boxes
+
+__all__ = [
+    "EXTRA_STATE",
+    "SHARDING",
+    "TrainingState",
+    "current_layout",
+    "model_state",
+    "set_rng_states",
+    "training_state",
+]
 
 SHARDING = {
     # One key a layer, so that names are those of `conversion.mapping` and any pipeline split reads them.
     "non_homogeneous_layers": True,
-    # Moments in the shape of their parameters: the one format of the distributed optimizer that any layout reads.
+    # Moments in the shape of their parameters. What the distributed optimizer's boxes make is this format, too.
     "distrib_optim_sharding_type": "fully_reshardable",
 }
 
@@ -53,22 +67,42 @@ def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class TrainingState:
+    """What one rank holds of a checkpoint."""
+
+    sharded: dict[str, Any]
+    """Megatron-Core's sharded state dict, and what is the same on all ranks."""
+    boxes: list[StateBox]
+    """State of the distributed optimizer; empty: the optimizer is of another kind."""
+
+
 def training_state(
     chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool = False
-) -> dict[str, Any]:
-    """Return all that a checkpoint holds, as Megatron-Core's sharded tensors."""
+) -> TrainingState:
+    """Return all that a checkpoint holds; the tensors are those of the running training."""
     state = model_state(chunks)
     weights = dict(state)
     if not is_loading:
         state["content_metadata"] = dict(SHARDING)  # where Megatron-Core's own `save` keeps it
     if optimizer is None:
-        return state
+        return TrainingState(state, [])
+    distributed = distributed_part(optimizer)
+    if is_loading and distributed is not None:
+        with torch.no_grad():
+            distributed.load_state_dict(distributed.state_dict())  # makes room for the moments
     if not is_loading:
         _begin_state(optimizer)
-    state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(SHARDING))
+    boxes: list[StateBox] = []
+    if distributed is None:
+        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(SHARDING))
+    else:
+        boxes = optimizer_boxes(distributed, weights)
+        if not is_loading:
+            state["optimizer"] = distributed.state_dict()
     state["layout"] = current_layout()
     state.update(_rng_states())
-    return state
+    return TrainingState(state, boxes)
 
 
 def _begin_state(optimizer: MegatronOptimizer) -> None:

@@ -1,17 +1,15 @@
-"""AdamW and Adafactor in Megatron-Core's optimizers, and a cure for a silent fault of resuming with them."""
+"""AdamW and Adafactor in Megatron-Core's optimizers, with the settings of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import wraps
 from typing import Any
 
 import torch
 from megatron.core import optimizer as mcore_optimizer
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer import distrib_optimizer, get_megatron_optimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_xmtf.config.schema import OptimizerConfig, RunConfig
 from megatron_xmtf.kernels.adam import choose_adam, import_fused_adam
@@ -43,9 +41,6 @@ def build_optimizer(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> Meg
         _install(config)
         optimizer = get_megatron_optimizer(mcore_config, list(chunks))
     apply_settings(optimizer, settings)
-    for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
-        if isinstance(part, DistributedOptimizer):
-            _count_bucket_padding(part)
     return optimizer
 
 
@@ -118,33 +113,3 @@ def _install_adam(adam: Any, *, is_transformer_engine: bool = False) -> None:
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_TE_OPTIMIZER = is_transformer_engine
     distrib_optimizer.USING_APEX_OPTIMIZER = not is_transformer_engine
-
-
-def _count_bucket_padding(optimizer: DistributedOptimizer) -> None:
-    """Keep the padding between buckets while state is gathered for a `fully_reshardable` checkpoint.
-
-    Megatron-Core 0.16 drops that padding when it joins the buckets, then cuts parameters out by offsets that count
-    it: with several buckets whose sizes are no multiple of lcm(dp, 128) the saved moments are shifted. It shows as
-    wrong losses from the second step after a resume.
-    """
-    gather = optimizer.get_parameter_state_dp_zero
-
-    @wraps(gather)
-    def gather_with_padding(*arguments: Any, **keywords: Any) -> Any:
-        saved = [
-            (buffer, buffer.numel_unpadded, [bucket.numel_unpadded for bucket in buffer.buckets])
-            for buffer in optimizer.buffers
-        ]
-        try:
-            for buffer, _, _ in saved:
-                buffer.numel_unpadded = buffer.numel
-                for bucket in buffer.buckets:
-                    bucket.numel_unpadded = bucket.grad_data.numel()
-            return gather(*arguments, **keywords)
-        finally:
-            for buffer, numel, bucket_numels in saved:
-                buffer.numel_unpadded = numel
-                for bucket, bucket_numel in zip(buffer.buckets, bucket_numels, strict=True):
-                    bucket.numel_unpadded = bucket_numel
-
-    optimizer.get_parameter_state_dp_zero = gather_with_padding

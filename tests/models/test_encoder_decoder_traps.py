@@ -15,15 +15,17 @@ import torch
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor, nn
 
+from megatron_xmtf.checkpoint.sharded import load_training_state
 from megatron_xmtf.config import RunConfig
 from megatron_xmtf.errors import RankFailedError
 from megatron_xmtf.models.encoder_decoder_layers import DroppingRowParallelLinear, own_dropout
 from megatron_xmtf.models.forward import run_logits
 from megatron_xmtf.parallel.launch import run_ranks
 from tests.encoder_decoder import batches_of, set_weights
-from tests.encoder_decoder_engine import Engine, Shard, assemble, run_config, start_engine
+from tests.encoder_decoder_engine import Shard, assemble, run_config, start_engine
 from tests.layouts import PP, TP
 from tests.models.test_encoder_decoder import EXAMPLES, HELD, ROWS, expected_logits, ours, theirs, worst_difference
+from tests.parallel.tiny_engine import save_checkpoint
 
 DP2_DISTRIBUTED = {PP: 2, "use_distributed_optimizer": True}
 OVERLAP = {"overlap_grad_reduce": True}
@@ -291,47 +293,20 @@ def test_bf16_is_at_most_twice_as_far_off_as_transformers(reference: Any) -> Non
 
 def rank_save(directory: Path, config: RunConfig) -> list[tuple[float, float]]:
     """Train two steps, save, train two more."""
-    from megatron.core import dist_checkpointing
-
     engine = start_engine(*ours("mt5"), config)
     batches = batches_of(ROWS)
     for _ in range(2):
         engine.train_step(batches)
-    dist_checkpointing.save(state_of(engine, is_loading=False), str(directory), content_metadata=SHARDING)
+    save_checkpoint(engine, directory / "step_0000002", side_files=directory)
     return [engine.train_step(batches) for _ in range(2)]
 
 
 def rank_load(directory: Path, config: RunConfig) -> tuple[list[tuple[float, float]], list[Shard]]:
     """Load at another layout; train two steps."""
-    from megatron.core import dist_checkpointing
-
     engine = start_engine(ours("mt5")[0], None, config)
-    loaded = dist_checkpointing.load(state_of(engine, is_loading=True), str(directory))
-    for number, chunk in enumerate(engine.chunks):
-        model = unwrap_model(chunk)
-        empty = {name: None for name in model.state_dict() if name.endswith("_extra_state")}
-        model.load_state_dict({**loaded[f"model{number}"], **empty}, strict=True)
-    with torch.no_grad():
-        engine.optimizer.load_state_dict(loaded["optimizer"])
+    load_training_state(engine.chunks, engine.optimizer, directory / "step_0000002")
     weights = engine.weights()
     return [engine.train_step(batches_of(ROWS)) for _ in range(2)], weights
-
-
-SHARDING = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
-
-
-def state_of(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
-    """Return what a checkpoint holds, as `checkpoint.state` does."""
-    models = {
-        f"model{number}": {
-            name: value
-            for name, value in unwrap_model(chunk).sharded_state_dict(metadata=dict(SHARDING)).items()
-            if not name.endswith("_extra_state")
-        }
-        for number, chunk in enumerate(engine.chunks)
-    }
-    optimizer = engine.optimizer.sharded_state_dict(dict(models), is_loading=is_loading, metadata=dict(SHARDING))
-    return {**models, "optimizer": optimizer}
 
 
 RESHARDS = {

@@ -90,15 +90,13 @@ def test_dropout_differs_between_heads_of_tensor_parallel_ranks() -> None:
 # Bucket padding in a fully_reshardable checkpoint
 
 
-def moments_after_reload(directory: Path, is_cured: bool) -> tuple[int, float]:
+def moments_after_reload(directory: Path, stored_by: str) -> tuple[int, float]:
     """Train two steps, save the optimizer, load it into a fresh one; return (buckets, worst moment difference)."""
     from megatron.core import dist_checkpointing
 
-    from megatron_xmtf.training import optimizer as module
-    from tests.parallel.tiny_engine import SHARDING, Engine, build_engine, run_config, tiny_batches
+    from megatron_xmtf.checkpoint.sharded import load_training_state
+    from tests.parallel.tiny_engine import SHARDING, Engine, build_engine, run_config, save_checkpoint, tiny_batches
 
-    if not is_cured:
-        module._count_bucket_padding = lambda optimizer: None
     config = run_config(**DP2)
     topology = initialize_parallel(config.parallel, seed=1)
 
@@ -114,27 +112,30 @@ def moments_after_reload(directory: Path, is_cured: bool) -> tuple[int, float]:
         shards = [shard for group in inner.param_groups for shard in group["params"]]
         return [inner.state[shard][name].clone() for shard in shards for name in ("exp_avg", "exp_avg_sq")]
 
-    trained = build_engine(config, bucket_size=20_000)
+    trained, fresh = (build_engine(config, bucket_size=20_000) for _ in range(2))
     for step in range(2):
         trained.train_step(tiny_batches(2, skip=4 * step + 2 * topology.dp_rank))
-    dist_checkpointing.save(state(trained, is_loading=False), str(directory), content_metadata=SHARDING)
-    fresh = build_engine(config, bucket_size=20_000)
-    loaded = dist_checkpointing.load(state(fresh, is_loading=True), str(directory))
-    with torch.no_grad():
-        fresh.optimizer.load_state_dict(loaded)
+    if stored_by == "boxes":
+        save_checkpoint(trained, directory / "step_0000002", side_files=directory)
+        load_training_state(fresh.chunks, fresh.optimizer, directory / "step_0000002")
+    else:
+        dist_checkpointing.save(state(trained, is_loading=False), str(directory), content_metadata=SHARDING)
+        loaded = dist_checkpointing.load(state(fresh, is_loading=True), str(directory))
+        with torch.no_grad():
+            fresh.optimizer.load_state_dict(loaded)
     pairs = zip(moments(trained), moments(fresh), strict=True)
     worst = max(float((before - after).abs().max()) for before, after in pairs if before.numel())
     return len(trained.chunks[0].buffers[0].buckets), worst
 
 
-def test_bucket_padding_shifts_saved_moments(tmp_path: Path) -> None:
-    for name in ("cured", "stock"):
+def test_bucket_padding_shifts_moments_that_megatron_core_gathers_and_not_our_boxes(tmp_path: Path) -> None:
+    for name in ("boxes", "gathered"):
         (tmp_path / name).mkdir()
-    for buckets, worst in run_ranks(moments_after_reload, world_size=2, arguments=(tmp_path / "cured", True)):
+    for buckets, worst in run_ranks(moments_after_reload, world_size=2, arguments=(tmp_path / "boxes", "boxes")):
         assert buckets > 2
         assert worst == 0.0
-    stock = run_ranks(moments_after_reload, world_size=2, arguments=(tmp_path / "stock", False))
-    assert max(worst for _, worst in stock) > 1e-6
+    gathered = run_ranks(moments_after_reload, world_size=2, arguments=(tmp_path / "gathered", "gathered"))
+    assert max(worst for _, worst in gathered) > 1e-6
 
 
 # Stale weights under parameter-gather overlap

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config, unwrap_model
 
+from megatron_xmtf.checkpoint.saver import CheckpointSaver, SaveRequest
 from megatron_xmtf.config import RunConfig, config_from_mapping
 from megatron_xmtf.data.batch import Batch, build_batch
 from megatron_xmtf.data.rows import pack_examples
@@ -49,6 +51,16 @@ class Engine:
         return None if norm is None else float(norm)
 
 
+def save_checkpoint(engine: Any, path: Path, *, side_files: Path) -> None:
+    """Save what an engine with `chunks`, `optimizer` and `config` trains, as a run does; all ranks call it.
+
+    Args:    side_files: an empty directory.
+    """
+    saver = CheckpointSaver(engine.chunks, engine.optimizer)
+    saver.start(SaveRequest(path, 2, engine.config, 0, side_files, {}))
+    saver.finish()
+
+
 def run_config(**parallel: Any) -> RunConfig:
     """Return a configuration whose files do not exist; only its numbers are used."""
     values = {
@@ -68,7 +80,7 @@ def build_engine(config: RunConfig, *, bucket_size: int | None = None) -> Engine
 
     Args:    bucket_size: parameters in one bucket of gradients; None leaves it to Megatron-Core.
     """
-    chunks = build_model(ARCHITECTURE, parallel=config.parallel)
+    chunks = build_model(ARCHITECTURE, parallel=config.parallel, precision=config.precision)
     fill_weights(chunks)
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
