@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from megatron_xmtf import __version__
 from megatron_xmtf.errors import ExitCode, XmtfError
 
-__all__ = ["build_parser", "main"]
+__all__ = ["build_parser", "main", "parse"]
 
 VERBS: dict[str, str] = {
     # verb: module of this package
@@ -30,6 +30,7 @@ VERBS: dict[str, str] = {
     "plan": "plan",
     "import": "import_checkpoint",
     "train": "train",
+    "submit": "submit",
     "evaluate": "evaluate",
     "generate": "generate",
     "export": "export_checkpoint",
@@ -71,17 +72,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse a command line; `key=value` overrides may stand before and after options.
 
-    argparse gives positional arguments to one place only: those behind an option come back as unknown.
+    argparse gives positional arguments to one place only: those behind an option come back as unknown. What stands
+    behind `--` in a command of `submit` is another command, `parsed.command`.
     """
     parser = build_parser()
-    parsed, rest = parser.parse_known_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command = None
+    if words[:1] == ["submit"] and "--" in words:
+        place = words.index("--")
+        words, command = words[:place], words[place + 1 :]
+    parsed, rest = parser.parse_known_args(words)
+    parsed.command = command
     if rest:
         # `overrides` of train, the words behind CONFIG of pack and evaluate; a verb without them takes no more words.
-        words = getattr(parsed, "overrides", None) or getattr(parsed, "config", None)
-        takes_overrides = hasattr(parsed, "overrides") or isinstance(words, list)
+        given = getattr(parsed, "overrides", None) or getattr(parsed, "config", None)
+        takes_overrides = hasattr(parsed, "overrides") or isinstance(given, list)
         flags = [word for word in rest if word.startswith("-")]
         if flags or not takes_overrides:
             parser.error(f"{parsed.verb} does not know {' '.join(flags or rest)}; see xmtf {parsed.verb} --help")
@@ -103,7 +111,7 @@ def _quieten_megatron_core() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the process's exit code; user mistakes print one message, no traceback."""
-    parsed = _parse(arguments)
+    parsed = parse(arguments)
     _quieten_megatron_core()
     try:
         return int(parsed.run(parsed))

@@ -22,7 +22,15 @@ from megatron_xmtf.config.weight_file import parse_weight_file
 from megatron_xmtf.errors import ConfigError, MissingError, nearest_names
 from megatron_xmtf.files import atomic_write, require_file
 
-__all__ = ["config_from_mapping", "load_config", "load_mixture", "load_yaml", "write_config"]
+__all__ = [
+    "apply_override",
+    "config_from_mapping",
+    "load_config",
+    "load_mixture",
+    "load_values",
+    "load_yaml",
+    "write_config",
+]
 
 SHIPPED_MIXTURES = Path(__file__).parent / "mixtures"
 
@@ -33,7 +41,10 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loader that reads 2e-5 as a number (YAML 1.1 wants 2.0e-5) and refuses duplicate keys and aliases."""
+    """Safe loader that reads 2e-5 as a number (YAML 1.1 wants 2.0e-5) and refuses duplicate keys and aliases.
+
+    20:00:00 is text, as in YAML 1.2; YAML 1.1 makes 72000 of it, to the base 60.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -52,7 +63,15 @@ class _Loader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
+    def construct_number(self, node: Any) -> int | float | str:
+        if ":" in node.value:
+            return str(node.value)
+        is_whole = node.tag == "tag:yaml.org,2002:int"
+        return self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
 
+
+for _tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+    _Loader.add_constructor(_tag, _Loader.construct_number)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
@@ -88,15 +107,23 @@ def load_config(path: Path | str, overrides: Iterable[str] = (), *, overlays: It
              each laid over what is there before it.
     Raises:  MissingError: no such file. ConfigError: unknown key (names the nearest), wrong type, rule broken.
     """
-    values = _load_mapping(config_path(path))
-    for overlay in overlays:
-        values = merge_overlay(values, _load_mapping(overlay_path(overlay)))
-    for override in overrides:
-        _apply_override(values, override)
+    values = load_values(path, overrides, overlays=overlays)
     data = values.get("data")
     if isinstance(data, dict):
         values["data"] = _expand_mixture(data)
     return config_from_mapping(values, RunConfig, source=str(path))
+
+
+def load_values(
+    path: Path | str, overrides: Iterable[str] = (), *, overlays: Iterable[Path | str] = ()
+) -> dict[str, Any]:
+    """Read the keys of a configuration as `load_config` does, unchecked: the file may hold some sections alone."""
+    values = _load_mapping(config_path(path))
+    for overlay in overlays:
+        values = merge_overlay(values, _load_mapping(overlay_path(overlay)))
+    for override in overrides:
+        apply_override(values, override)
+    return values
 
 
 def _load_mapping(path: Path) -> dict[str, Any]:
@@ -181,7 +208,7 @@ def write_config(config: BaseModel, path: Path | str) -> None:
         yaml.safe_dump(config.model_dump(mode="json"), stream, sort_keys=False, allow_unicode=True)
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
     """Set `a.b.0.c=value` in a nested mapping; list elements are addressed by number."""
     key, separator, text = override.partition("=")
     if not separator or not key:

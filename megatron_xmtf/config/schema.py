@@ -23,10 +23,12 @@ from megatron_xmtf.config.running import (
     WatchdogConfig,
 )
 from megatron_xmtf.config.section import Section
+from megatron_xmtf.config.slurm import ContainerConfig, SlurmConfig
 
 __all__ = [
     "BatchConfig",
     "CheckpointConfig",
+    "ContainerConfig",
     "DataConfig",
     "DatasetConfig",
     "DropoutConfig",
@@ -42,6 +44,7 @@ __all__ = [
     "RecomputeConfig",
     "RunConfig",
     "ScheduleConfig",
+    "SlurmConfig",
     "StopConfig",
     "WandbConfig",
     "WatchdogConfig",
@@ -75,6 +78,7 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     stop: StopConfig = StopConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    slurm: SlurmConfig = SlurmConfig()
     seed: Annotated[int, Field(ge=0, strict=True)] = 42
     """Seed of row order and dropout. 42: BLOOMZ."""
 

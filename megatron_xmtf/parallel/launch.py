@@ -27,6 +27,7 @@ from typing import Any
 
 from megatron_xmtf import errors
 from megatron_xmtf.errors import ConfigError, ExitCode, RankFailedError, XmtfError
+from megatron_xmtf.parallel.slurm_step import adopt_slurm_step
 from megatron_xmtf.parallel.stop_forwarding import StopForwarding
 
 __all__ = ["is_of_lost_peer", "joined_by_launcher", "prepare_to_fork", "run_ranks"]
@@ -38,7 +39,8 @@ POLL_SECONDS = 0.5
 
 
 def joined_by_launcher() -> bool:
-    """Whether torchrun, srun or another launcher started this process as one rank."""
+    """Whether torchrun, srun or another launcher started this process as one rank; a task of srun learns which."""
+    adopt_slurm_step()
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,7 +15,7 @@ from megatron.core.num_microbatches_calculator import unset_num_microbatches_cal
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_xmtf.config.schema import ParallelConfig
-from megatron_xmtf.errors import ConfigError
+from megatron_xmtf.errors import ConfigError, RankFailedError
 from megatron_xmtf.parallel.cpu_device import enter_cpu_device
 
 __all__ = [
@@ -93,7 +94,7 @@ def initialize_parallel(
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=store or rendezvous_store(),
+            store=store or rendezvous_store(timeout=timeout),
             rank=int(os.environ.get("RANK", "0")),
             world_size=world_size_from_environment(),
             timeout=timeout,
@@ -123,18 +124,36 @@ def initialize_parallel(
     return topology
 
 
-def rendezvous_store() -> torch.distributed.Store:
+def rendezvous_store(*, timeout: timedelta = timedelta(minutes=10)) -> torch.distributed.Store:
     """Return the key-value store where the ranks of this job meet.
 
     Local ranks of `parallel.launch` meet in a file, ranks of torchrun or srun at MASTER_ADDR; a process started by
     hand meets nobody, and takes no port that could be another's.
+
+    Args:    timeout: how long a rank waits for the others.
+    Raises:  ConfigError: a variable is missing or no number. RankFailedError: the port is taken, or ranks are missing.
     """
     store_file = os.environ.get("XMTF_RENDEZVOUS_FILE")
     if store_file is not None:
         return torch.distributed.FileStore(store_file, world_size_from_environment())
     if "MASTER_ADDR" not in os.environ:
         return torch.distributed.HashStore()
-    store, _, _ = next(torch.distributed.rendezvous("env://"))
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+    try:
+        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    except ValueError as error:
+        raise ConfigError(
+            f"ranks cannot meet at {where}: {error}; the launcher sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."
+        ) from error
+    except torch.distributed.DistError as error:
+        what = str(error).split("\n", 1)[0]
+        taken = "EADDRINUSE" in what
+        remedy = "set MASTER_PORT to another port" if taken else "look for the error of the rank that did not come"
+        raise RankFailedError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {socket.gethostname()}: the ranks could not "
+            f"meet at {where}, where rank 0 listens: {what} {'' if taken else f'({timeout.total_seconds():g} s) '}"
+            f"Every rank must reach that address; {remedy}."
+        ) from error
     return store
 
 

@@ -89,6 +89,7 @@ def prepare_run(
     allowed_changes: Sequence[str] = (),
     packing_key: str | None = None,
     import_model: bool = True,
+    leaves_files: bool = True,
 ) -> PreparedRun:
     """Check a run, import its model if that is a Hugging Face directory, and build its packing index.
 
@@ -96,6 +97,7 @@ def prepare_run(
              packing_key: of the index that another rank has built or verified already; None: do that here.
              import_model: False leaves a Hugging Face model where it is, and needs no weights there; those that are
              there are matched by name and shape. Such a run is checked, it cannot be trained.
+             leaves_files: False writes no `OUT/config.yaml`, which may be a running run's.
     Raises:  ConfigError: sizes that do not fit. MissingError, DatasetError, TokenizerError, CheckpointError: inputs
              that are absent or do not belong together. ConfigMismatchError: a resumed run that was changed.
     """
@@ -133,9 +135,10 @@ def prepare_run(
             match_model(model)
     if packing_key is None:
         packing_key = _index(config, datasets).key
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    write_config(config, output / "config.yaml")
+    if leaves_files:
+        output = Path(config.output)
+        output.mkdir(parents=True, exist_ok=True)
+        write_config(config, output / "config.yaml")
     return PreparedRun(
         config=config,
         architecture=architecture,

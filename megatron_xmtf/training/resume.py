@@ -21,6 +21,7 @@ FREE_KEYS = (
     "logging",
     "stop",
     "watchdog",
+    "slurm",
     "loss.non_finite",
     "loss.max_skipped_steps",
     "loss.spike_window",
