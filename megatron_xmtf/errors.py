@@ -35,6 +35,7 @@ __all__ = [
     "RankFailedError",
     "RecordError",
     "ReplicaDriftError",
+    "RunLockedError",
     "StoppedError",
     "TemplateError",
     "TokenizerError",
@@ -75,6 +76,10 @@ class ConfigMismatchError(ConfigError):
 
 class MissingError(XmtfError, FileNotFoundError):
     """A file or directory that the user named does not exist."""
+
+
+class RunLockedError(XmtfError, BlockingIOError):
+    """A run directory that another run, which lives, writes in."""
 
 
 class RecordError(XmtfError, ValueError):

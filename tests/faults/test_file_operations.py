@@ -5,10 +5,7 @@ The faults are made below Python, in libc, so that what libraries write natively
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +21,6 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler
 
 STRIDES = {"save": 73, "preprocess": 97, "pack": 41, "export": 41}
 """Of the normal run: some operations of each."""
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[Path]:
-    """A directory in memory where there is one: thousands of flushes to a disk would take most of the time."""
-    memory = Path("/dev/shm")
-    if not (os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 1 << 30):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory, prefix="xmtf-drill-") as name:
-        yield Path(name)
 
 
 @pytest.fixture
