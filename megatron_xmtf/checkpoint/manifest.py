@@ -85,6 +85,9 @@ class CheckpointManifest:
     """Relative name (with `/`) -> size and hash of every file but the manifest."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Validation losses measured at this step, by name; empty: none were."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """What it was made of where that is neither a run nor a Hugging Face model: the averaged checkpoints and their
+    weights, the step of another program's run. Empty otherwise."""
     format: str = FORMAT
     """Always `megatron_xmtf.checkpoint`."""
     format_version: int = FORMAT_VERSION
@@ -123,13 +126,14 @@ def finish_checkpoint(
     consumed_rows: int,
     contents: Iterable[str],
     metrics: Mapping[str, float] | None = None,
+    origin: Mapping[str, Any] | None = None,
     written: Mapping[str, FileEntry] | None = None,
 ) -> CheckpointManifest:
     """Write the manifest, flush everything, rename; one rank calls it when all ranks have written.
 
     Args:    temporary: what `begin_checkpoint` returned. path: the final name. contents: of model, optimizer, rng.
-             metrics: validation losses of this step. written: relative name -> size and hash of files that their
-             writers have flushed and read back; the others are hashed and flushed here.
+             metrics: validation losses of this step. origin: as in the manifest. written: relative name -> size and
+             hash of files that their writers have flushed and read back; the others are hashed and flushed here.
     Raises:  ConfigError: `path` has come to exist. CheckpointWriteError: a file is not as its writer left it.
              DiskFullError: no space.
     """
@@ -152,6 +156,7 @@ def finish_checkpoint(
             versions=_versions(),
             files={name: known[name] for name in names},
             metrics=dict(metrics or {}),
+            origin=dict(origin or {}),
         )
         write_json(temporary / MANIFEST_NAME, asdict(manifest))
         _flush(temporary, rest)
@@ -204,6 +209,7 @@ def checkpoint_directory(
     config: Mapping[str, Any] | None,
     consumed_rows: int,
     contents: Iterable[str],
+    origin: Mapping[str, Any] | None = None,
 ) -> Iterator[Path]:
     """Yield a temporary directory to write a checkpoint in; publish it as `path` on a clean exit (one process).
 
@@ -222,6 +228,7 @@ def checkpoint_directory(
             config=config,
             consumed_rows=consumed_rows,
             contents=contents,
+            origin=origin,
         )
     finally:
         discard_checkpoint(temporary)
@@ -321,6 +328,7 @@ def _read_manifest(directory: Path) -> CheckpointManifest:
             versions=dict(value["versions"]),
             files=files,
             metrics={str(name): float(number) for name, number in value.get("metrics", {}).items()},
+            origin=dict(value.get("origin", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptCheckpointError(f"{path} is not a whole manifest: {type(error).__name__} {error}.") from error

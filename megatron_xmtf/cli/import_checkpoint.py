@@ -1,18 +1,44 @@
-"""`xmtf import`: a Hugging Face model becomes a checkpoint."""
+"""`xmtf import`: a Hugging Face model, or another program's checkpoint, becomes a checkpoint."""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-HELP = "turn a Hugging Face model into a checkpoint that any parallel layout reads"
-EXAMPLE = "  xmtf import --hf bloom-560m --output checkpoints/bloom-560m\n"
+HELP = "turn a model of Hugging Face, Megatron-DeepSpeed or Megatron-Core into a checkpoint that any layout reads"
+EXAMPLE = (
+    "  xmtf import --hf bloom-560m --output checkpoints/bloom-560m\n"
+    "  xmtf import --deepspeed bloom/global_step95000 --tokenizer bloom-hf --output checkpoints/bloom\n"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face directory: config.json and weights")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--hf", metavar="DIR", help="Hugging Face directory: config.json and weights")
+    source.add_argument(
+        "--deepspeed",
+        metavar="DIR",
+        help="checkpoint of BigScience's Megatron-DeepSpeed: layer files, universal, or its fragments; or the "
+        "directory above, with `latest`",
+    )
     parser.add_argument("--output", required=True, metavar="CKPT", help="checkpoint to write; must not exist")
     parser.add_argument("--dtype", metavar="TYPE", help="float32, bfloat16 or float16; default: as in the model")
+    deepspeed = parser.add_argument_group("with --deepspeed")
+    deepspeed.add_argument("--config", metavar="PATH", help="a BLOOM's config.json; default: by the run's own settings")
+    deepspeed.add_argument("--tokenizer", metavar="DIR", help="directory whose tokenizer files go along")
+    deepspeed.add_argument("--vocab-size", type=int, metavar="N", help="rows of the embedding to keep; default: all")
+    deepspeed.add_argument(
+        "--weights",
+        choices=["stored", "fp32"],
+        help="stored (default): what the layer files hold; fp32: the optimizer's own weights, beside them",
+    )
+    deepspeed.add_argument(
+        "--replicas",
+        choices=["average", "first", "refuse"],
+        help="copies that tensor-parallel ranks hold of one weight, where they differ: average (default, as the "
+        "published models have), the first rank's, or an error",
+    )
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
 
@@ -21,12 +47,60 @@ def run(arguments: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from megatron_xmtf.conversion.huggingface import import_huggingface
     from megatron_xmtf.conversion.huggingface_model import parse_dtype
 
-    done = import_huggingface(arguments.hf, arguments.output, dtype=parse_dtype(arguments.dtype))
-    if arguments.json:
-        print(json.dumps({**asdict(done), "checkpoint": str(done.checkpoint)}, indent=2))
+    dtype = parse_dtype(arguments.dtype)
+    done: Any
+    if arguments.deepspeed is not None:
+        from megatron_xmtf.conversion.deepspeed import import_deepspeed
+
+        done = import_deepspeed(
+            arguments.deepspeed,
+            arguments.output,
+            config=arguments.config,
+            tokenizer=arguments.tokenizer,
+            vocab_size=arguments.vocab_size,
+            weights=arguments.weights or "stored",
+            replicas=arguments.replicas or "average",
+            dtype=dtype,
+        )
     else:
-        print(f"{done.checkpoint}: {done.tensors} tensors, {done.parameters:,} parameters, {done.dtype}")
+        from megatron_xmtf.conversion.huggingface import import_huggingface
+
+        _refuse_others(arguments)
+        done = import_huggingface(arguments.hf, arguments.output, dtype=dtype)
+    if arguments.json:
+        print(json.dumps(asdict(done), indent=2, default=str))
+        return 0
+    print(f"{done.checkpoint}: {done.tensors} tensors, {done.parameters:,} parameters, {done.dtype}")
+    if arguments.deepspeed is not None:
+        _print_deepspeed(done)
     return 0
+
+
+def _refuse_others(arguments: argparse.Namespace) -> None:
+    """Refuse the flags of another source.
+
+    Raises:  ConfigError: one is given.
+    """
+    from megatron_xmtf.errors import ConfigError
+
+    flags = ("config", "tokenizer", "vocab_size", "weights", "replicas")
+    given = [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name) is not None]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: of use with --deepspeed alone; a Hugging Face directory has all of it.")
+
+
+def _print_deepspeed(done: Any) -> None:
+    """Say what a reader of the model should know."""
+    where = f"{done.source}, {done.read}, {done.tensor_parallel_size} tensor-parallel ranks"
+    print(f"  from {where}" + (f", iteration {done.iteration:,}" if done.iteration is not None else ""))
+    if done.differing_replicas:
+        print(
+            f"  {done.differing_replicas} weights that every rank holds had drifted apart, by up to "
+            f"{done.max_replica_drift:.3g} ({done.worst_replica})"
+        )
+    if done.dropped_vocabulary_rows:
+        print(f"  {done.dropped_vocabulary_rows} rows of the embedding dropped")
+    for part in done.left_out:
+        print(f"  not read: {part}")
