@@ -1,5 +1,6 @@
-"""What a run will do, before any GPU hour: the data it reads."""
+"""What a run will do, before any GPU hour: the data it reads (`data_plan`), and the machine that it needs.
 
-from megatron_xmtf.planning.data_plan import DataPlan, build_data_plan
+Nothing is imported here: the hardware plan is arithmetic and answers without torch, which the data plan needs.
+"""
 
-__all__ = ["DataPlan", "build_data_plan"]
+__all__: list[str] = []

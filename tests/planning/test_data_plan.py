@@ -13,7 +13,8 @@ from megatron_xmtf.data.mixture import open_datasets
 from megatron_xmtf.data.packing import index_directory, open_packing_index
 from megatron_xmtf.data.rows import PackedRows
 from megatron_xmtf.errors import ConfigError
-from megatron_xmtf.planning import build_data_plan, draws, lengths, tally
+from megatron_xmtf.planning import draws, lengths, tally
+from megatron_xmtf.planning.data_plan import build_data_plan
 from tests.planning.tiny_mixture import run_config, write_dataset, write_mixture
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_xmtf.planning import build_data_plan
+from megatron_xmtf.planning.data_plan import build_data_plan
 from megatron_xmtf.planning.plan_warnings import percent
 from tests.planning.tiny_mixture import run_config, write_dataset
 from tests.tiny import write_tiny_tokenizer

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron_xmtf.planning import DataPlan, build_data_plan
+from megatron_xmtf.planning.data_plan import DataPlan, build_data_plan
 from megatron_xmtf.report.data_plan import data_plan_page
 from megatron_xmtf.report.plan_pictures import Cell, cell_heatmap, component_bars, length_bars, stacked_bars
 from megatron_xmtf.report.plan_table import display_width, fold_rows, word_data_plan

@@ -1,0 +1,182 @@
+"""What a cluster can do: a named preset, a YAML file, and single keys on top.
+
+    --cluster h100                                        a preset
+    --cluster ours.yaml                                   base: h100
+                                                          inter_node_gb_per_second: 100
+    --cluster h100 cluster.memory_gib=64                  one key changed
+
+Rates are what is reached, not what is printed on the box, except `peak_tflops`: `matmul_fraction` of it is reached in
+large matrix products. Three constants of `jean-zay-a100-80` are calibrated: two on the step times of BLOOM's layout
+with 2 and with 4 rows a micro-batch, one on the memory of one row; `tests/planning/test_published_runs.py` solves them
+again and predicts the other published rows.
+
+Source:  NVIDIA's data sheets (peaks, memory, NVLink); ml-engineering, "MAMF" (794.5 TFLOP/s of an H100's 989 in the
+         best matrix products); bigscience tr11-176B-ml (Jean Zay: 8 A100 a node, 4 Omni-Path links of 100 Gb/s).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from megatron_xmtf.config.load import apply_override, config_from_mapping, load_yaml
+from megatron_xmtf.config.section import PositiveInt, Section
+from megatron_xmtf.errors import ConfigError, MissingError, nearest_names
+
+__all__ = ["PRESETS", "Cluster", "load_cluster"]
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Cluster(Section):
+    """GPUs, and what joins them."""
+
+    name: str
+    """As the plan calls it."""
+    gpus_per_node: PositiveInt
+    """GPUs that one node has; they are joined by NVLink."""
+    memory_gib: Positive
+    """Memory of a GPU that programs see."""
+    peak_tflops: Positive
+    """Dense TFLOP/s in bf16 and fp16, of the data sheet; what MFU is relative to."""
+    fp32_tflops: Positive
+    """Dense TFLOP/s in fp32, without TF32."""
+    matmul_fraction: Share
+    """Part of the peak that large matrix products reach."""
+    attention_fraction: Share
+    """Part of the peak that a fused attention kernel reaches, forward and backward."""
+    memory_gb_per_second: Positive
+    """GB/s (10^9) of the GPU's memory, of the data sheet."""
+    memory_fraction: Share = 0.8
+    """Part of it that elementwise kernels reach. 0.8: usual of streaming kernels."""
+    intra_node_gb_per_second: Positive
+    """GB/s a GPU sends in a collective within a node, each direction ("bus bandwidth")."""
+    inter_node_gb_per_second: Positive
+    """GB/s a whole node sends to others, each direction."""
+    link_gb_per_second: Positive
+    """GB/s at most of it that one GPU can send."""
+    launch_ms_per_layer: Annotated[float, Field(ge=0)]
+    """Milliseconds that a micro-batch costs in each layer whatever its size, forward and backward together: launches
+    and waits that no computation hides."""
+    framework_gib: Annotated[float, Field(ge=0)]
+    """GiB a GPU beside the tensors that are counted: CUDA context, NCCL's buffers, what the allocator cannot reuse."""
+    storage_gb_per_second: Positive
+    """GB/s that all ranks together write checkpoints with."""
+    node_hours_between_failures: Positive
+    """Hours that one node runs between two failures that stop a job, on average."""
+    source: str = ""
+    """Where the numbers come from."""
+
+
+_A100: dict[str, Any] = {
+    "gpus_per_node": 8,
+    "peak_tflops": 312.0,
+    "fp32_tflops": 19.5,
+    "attention_fraction": 0.5,  # FlashAttention-2 on an A100: 50 to 73 % (Dao 2023, section 4.1), less in short rows
+    "intra_node_gb_per_second": 230.0,  # of NVLink 3's 300 each direction, NCCL's all-reduce
+    "framework_gib": 10.0,
+    "storage_gb_per_second": 20.0,
+    # 1 to 2 GPU failures a week on 48 nodes of BLOOM's training (bigscience): 48 x 168 h / 1.5.
+    "node_hours_between_failures": 5400.0,
+}
+_HOPPER: dict[str, Any] = {
+    "gpus_per_node": 8,
+    "peak_tflops": 989.0,
+    "fp32_tflops": 67.0,
+    "matmul_fraction": 0.75,
+    "attention_fraction": 0.35,  # FlashAttention-2 on an H100 (Shah et al. 2024, abstract)
+    "intra_node_gb_per_second": 360.0,  # of NVLink 4's 450
+    "inter_node_gb_per_second": 400.0,  # eight NDR links of 50 GB/s
+    "link_gb_per_second": 50.0,
+    "launch_ms_per_layer": 0.6,
+    "framework_gib": 10.0,
+    "storage_gb_per_second": 20.0,
+    "node_hours_between_failures": 5400.0,
+}
+
+PRESETS: dict[str, Cluster] = {
+    preset.name: preset
+    for preset in (
+        Cluster(
+            name="jean-zay-a100-80",
+            memory_gib=79.2,
+            memory_gb_per_second=2039.0,
+            inter_node_gb_per_second=50.0,  # four Omni-Path links of 100 Gb/s
+            link_gb_per_second=12.5,
+            matmul_fraction=0.781,
+            launch_ms_per_layer=9.7,  # BLOOM ran with CUDA_LAUNCH_BLOCKING=1, which hides no launch
+            **{**_A100, "storage_gb_per_second": 57.0},  # 2.3 TB in 40 s (bigscience chronicles)
+            source="matmul_fraction and launch_ms_per_layer calibrated on BLOOM's published step times with 2 and 4 "
+            "rows a micro-batch, framework_gib on the memory of its layout at TP8",
+        ),
+        Cluster(
+            name="a100-80",
+            memory_gib=79.2,
+            memory_gb_per_second=2039.0,
+            inter_node_gb_per_second=200.0,  # eight HDR links of 25 GB/s, as DGX A100
+            link_gb_per_second=25.0,
+            matmul_fraction=0.781,
+            launch_ms_per_layer=0.6,
+            **_A100,
+            source="data sheets; matmul_fraction as calibrated on Jean Zay's A100",
+        ),
+        Cluster(
+            name="a100-40",
+            memory_gib=39.4,
+            memory_gb_per_second=1555.0,
+            inter_node_gb_per_second=200.0,
+            link_gb_per_second=25.0,
+            matmul_fraction=0.781,
+            launch_ms_per_layer=0.6,
+            **_A100,
+            source="data sheets; matmul_fraction as calibrated on Jean Zay's A100",
+        ),
+        Cluster(
+            name="h100",
+            memory_gib=79.1,
+            memory_gb_per_second=3350.0,
+            **_HOPPER,
+            source="data sheets; nothing calibrated on a run",
+        ),
+        Cluster(
+            name="h200",
+            memory_gib=139.8,
+            memory_gb_per_second=4800.0,
+            **_HOPPER,
+            source="data sheets; nothing calibrated on a run",
+        ),
+    )
+}
+"""Clusters by name."""
+
+
+def load_cluster(name: Path | str, overrides: Iterable[str] = ()) -> Cluster:
+    """Read a cluster: a preset's name or a YAML file, whose `base` names the preset that it changes.
+
+    Args:    overrides: `key=value`, without the `cluster.` before them.
+    Raises:  MissingError: neither. ConfigError: an unknown key, a wrong value, or a file without base that lacks keys.
+    """
+    path = Path(name)
+    if str(name) in PRESETS:
+        values: dict[str, Any] = PRESETS[str(name)].model_dump()
+    elif path.suffix or path.exists():
+        values = load_yaml(path)
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds no cluster; a cluster is a mapping of keys, as `base: h100`.")
+        base = values.pop("base", None)
+        if base is not None:
+            if base not in PRESETS:
+                raise ConfigError(f"{path}: base={base!r} is no preset; {nearest_names(str(base), PRESETS)}.")
+            values = {**PRESETS[base].model_dump(), "name": path.stem, **values}
+    else:
+        raise MissingError(
+            f"cluster {str(name)!r} is neither a preset ({', '.join(PRESETS)}) nor a file; "
+            f"{nearest_names(str(name), PRESETS)}."
+        )
+    for override in overrides:
+        apply_override(values, override)
+    return config_from_mapping(values, Cluster, source=f"cluster {name}")
