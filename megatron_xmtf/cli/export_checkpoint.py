@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-HELP = "turn a checkpoint into a Hugging Face model that `transformers` opens"
-EXAMPLE = "  xmtf export --checkpoint runs/bloomz --output bloomz-hf --dtype bfloat16\n"
+HELP = "turn a checkpoint into a Hugging Face model that `transformers` opens, or into Megatron-DeepSpeed's layer files"
+EXAMPLE = (
+    "  xmtf export --checkpoint runs/bloomz --output bloomz-hf --dtype bfloat16\n"
+    "  xmtf export --checkpoint runs/bloomz --output bloomz-megds --format deepspeed --tensor-parallel 4\n"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write; must not exist")
     parser.add_argument("--dtype", metavar="TYPE", help="float32, bfloat16 or float16; default: as in the checkpoint")
-    parser.add_argument("--format", choices=["hf"], default="hf", help="hf: Hugging Face, safetensors")
+    parser.add_argument(
+        "--format",
+        choices=["hf", "deepspeed"],
+        default="hf",
+        help="hf (default): Hugging Face, safetensors; deepspeed: layer files of BigScience's Megatron-DeepSpeed",
+    )
+    parser.add_argument(
+        "--tensor-parallel", type=int, metavar="N", help="deepspeed: files of each layer, one a rank; default 1"
+    )
+    parser.add_argument(
+        "--pipeline-parallel", type=int, metavar="N", help="deepspeed: stages, which the settings name; default 1"
+    )
     parser.add_argument(
         "--allow-causal",
         action="store_true",
@@ -29,15 +44,32 @@ def run(arguments: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from megatron_xmtf.conversion.huggingface_export import export_huggingface
     from megatron_xmtf.conversion.huggingface_model import parse_dtype
+    from megatron_xmtf.errors import ConfigError
 
-    done = export_huggingface(
-        arguments.checkpoint,
-        arguments.output,
-        dtype=parse_dtype(arguments.dtype),
-        allow_causal=arguments.allow_causal,
-    )
+    dtype = parse_dtype(arguments.dtype)
+    done: Any
+    if arguments.format == "deepspeed":
+        from megatron_xmtf.conversion.deepspeed_export import export_deepspeed
+
+        done = export_deepspeed(
+            arguments.checkpoint,
+            arguments.output,
+            tensor_parallel_size=1 if arguments.tensor_parallel is None else arguments.tensor_parallel,
+            pipeline_parallel_size=1 if arguments.pipeline_parallel is None else arguments.pipeline_parallel,
+            dtype=dtype,
+        )
+    else:
+        from megatron_xmtf.conversion.huggingface_export import export_huggingface
+
+        if arguments.tensor_parallel is not None or arguments.pipeline_parallel is not None:
+            raise ConfigError(
+                "--tensor-parallel and --pipeline-parallel belong to --format deepspeed; a Hugging Face model is not "
+                "cut for ranks."
+            )
+        done = export_huggingface(
+            arguments.checkpoint, arguments.output, dtype=dtype, allow_causal=arguments.allow_causal
+        )
     if arguments.json:
         paths = {"directory": str(done.directory), "checkpoint": str(done.checkpoint)}
         print(json.dumps({**asdict(done), **paths}, indent=2))
