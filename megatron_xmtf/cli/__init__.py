@@ -33,6 +33,7 @@ VERBS: dict[str, str] = {
     "submit": "submit",
     "evaluate": "evaluate",
     "generate": "generate",
+    "average": "average",
     "export": "export_checkpoint",
     "verify": "verify",
     "inspect": "inspect_path",
