@@ -24,14 +24,18 @@ def prefix_logits(model: BloomForCausalLM, inputs: list[int], targets: list[int]
     model.transformer.build_alibi_tensor = lambda mask, heads, dtype: build_alibi_tensor(
         torch.ones(1, length), heads, dtype
     )
-    logits: Tensor = model(torch.tensor([[*inputs, *targets]]), attention_mask=mask, use_cache=False).logits[0]
+    try:
+        logits: Tensor = model(torch.tensor([[*inputs, *targets]]), attention_mask=mask, use_cache=False).logits[0]
+    finally:
+        del model.transformer.build_alibi_tensor
     return logits
 
 
-def score(model: BloomForCausalLM, inputs: list[int], targets: list[int]) -> float:
-    """Return the sum of log p(target token | what stands before it)."""
+def score(model: BloomForCausalLM, inputs: list[int], targets: list[int], *, causal: bool = False) -> float:
+    """Return the sum of log p(target token | what stands before it); causal: as `transformers` alone would."""
     with torch.no_grad():
-        logits = prefix_logits(model, inputs, targets)[len(inputs) - 1 : -1].double()
+        logits = prefix_logits(model, [] if causal else inputs, [*inputs, *targets] if causal else targets)
+    logits = logits[len(inputs) - 1 : -1].double()
     return float(logits.log_softmax(-1).gather(-1, torch.tensor(targets)[:, None]).sum())
 
 
