@@ -26,7 +26,7 @@ import torch
 
 from megatron_xmtf.config.row_lengths import EncoderDecoderLengths, RowLengths
 from megatron_xmtf.data.encoder_decoder_batch import EncoderDecoderBatch
-from megatron_xmtf.files import atomic_write
+from megatron_xmtf.files import atomic_write, disk_errors
 from megatron_xmtf.models.architecture import Architecture, BloomArchitecture
 from megatron_xmtf.models.forward import MicroBatch
 from megatron_xmtf.training.encoder_decoder_flops import model_flops_per_row, useful_flops_of_two_sides
@@ -202,21 +202,38 @@ class MetricsFile:
     def __init__(self, path: Path, *, resumed_step: int) -> None:
         kept = []
         if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                # The last line of a killed run may be half a line.
-                if line.endswith("}") and json.loads(line)["step"] <= resumed_step:
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                step = _step_of(line)
+                if step is not None and step <= resumed_step:
                     kept.append(line)
         with atomic_write(path) as stream:
             stream.writelines(line + "\n" for line in kept)
-        self._stream = open(path, "a", encoding="utf-8", buffering=1)
+        # Not buffered: what a full disk refused is not tried again when the file is closed.
+        self._path, self._stream = path, open(path, "ab", buffering=0)
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """Write one line, visible to readers at once."""
-        self._stream.write(json.dumps(values) + "\n")
+        """Write one line, visible to readers at once.
+
+        Raises:  DiskFullError: no space; half a line may be there, which the next start cuts off.
+        """
+        left = memoryview((json.dumps(values) + "\n").encode("utf-8"))
+        with disk_errors(self._path):
+            while left:
+                left = left[self._stream.write(left) :]
 
     def close(self, *, failed: bool = False) -> None:
         """Close the file."""
         self._stream.close()
+
+
+def _step_of(line: str) -> int | None:
+    """Return the step of a line; None of half a line, as a killed run, a full disk or a power loss leaves it."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    step = values.get("step") if isinstance(values, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def _clock(seconds: float) -> str:
