@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xmtf.checkpoint import saver
-from megatron_xmtf.checkpoint.directory import list_checkpoints
+from megatron_xmtf.checkpoint.directory import list_checkpoints, step_directory
 from megatron_xmtf.checkpoint.manifest import open_manifest, verify_hashes
 from megatron_xmtf.cli import main as xmtf
 from megatron_xmtf.files import TEMPORARY_MARK
@@ -84,8 +84,10 @@ def train(config: Path, root: Path, *, fill: Callable[[Path], Callable[[], None]
     output = root / "small" / "run"
     words = ["train", str(config), "--nproc", "2", f"output={output}"]
     full = call(words, before=fill(root / "small"))
-    steps = [step for step, _ in list_checkpoints(output / "checkpoints")]
-    for _, path in list_checkpoints(output / "checkpoints"):
+    checkpoints = output / "checkpoints"
+    steps = [step for step, _ in list_checkpoints(checkpoints)] if checkpoints.exists() else []
+    for step in steps:
+        path = step_directory(checkpoints, step)
         verify_hashes(path, open_manifest(path))
     status = json.loads((output / "status.json").read_text()) if (output / "status.json").exists() else {}
     (root / "small" / "ballast").unlink(missing_ok=True)

@@ -20,8 +20,8 @@ import torch
 
 from megatron_xmtf.checkpoint.directory import find_checkpoint, list_checkpoints, step_directory
 from megatron_xmtf.checkpoint.manifest import open_manifest, verify_hashes
-from megatron_xmtf.checkpoint.retention import prune_checkpoints, reap_left_overs
 from megatron_xmtf.checkpoint.reader import CheckpointReader
+from megatron_xmtf.checkpoint.retention import prune_checkpoints, reap_left_overs
 from megatron_xmtf.checkpoint.saver import CheckpointSaver, SaveRequest
 from megatron_xmtf.errors import CheckpointWriteError, ConfigError, DiskFullError, RankFailedError
 from megatron_xmtf.parallel.launch import run_ranks

@@ -18,8 +18,10 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
+from safetensors.torch import load_file
 
 from megatron_xmtf.checkpoint.manifest import open_manifest, verify_hashes
 from megatron_xmtf.checkpoint.reader import CheckpointReader
@@ -37,7 +39,7 @@ from megatron_xmtf.prompts.templates.template_files import load_templates
 from tests.faults.mutations import edits, mutate
 from tests.tiny import tiny_bloom, write_records, write_tiny_tokenizer
 
-FAST, ALL = 40, 1000
+FAST, ALL = 25, 1000
 TIME_LIMIT = 10
 """Seconds for one file of some kilobytes: every reader takes milliseconds."""
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -131,7 +133,9 @@ def originals(tiny_hf: Path, tiny_checkpoint: Path, tiny_pairs: Path, tmp_path_f
         shutil.copy(path, root / "dataset")
     shutil.copytree(tiny_checkpoint, root / "checkpoint")
     shutil.copytree(tiny_hf, root / "hf")
-    tiny_bloom().save_pretrained(root / "sharded", max_shard_size="300KB")
+    shutil.copytree(tiny_hf, root / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(tiny_hf / "model.safetensors"), root / "pickled" / "pytorch_model.bin")
+    tiny_bloom(layers=2).save_pretrained(root / "sharded", max_shard_size="200KB")
     assert (root / "sharded" / "model.safetensors.index.json").is_file()
     write_tiny_tokenizer(root / "records" / "tokenizer")
     write_records(root / "records" / "records.jsonl", 12)
@@ -174,6 +178,7 @@ SUBJECTS: dict[str, tuple[str, str, Callable[[Path], Any], bool]] = {
     "templates": ("templates", "", lambda d: [load_templates(path) for path in d.rglob("*.yaml")], False),
     "configuration": ("config", "train.yaml", lambda d: load_config(d / "train.yaml"), False),
     "safetensors": ("hf", "model.safetensors", read_huggingface, False),
+    "pytorch_model.bin": ("pickled", "pytorch_model.bin", read_huggingface, False),
     "index of safetensors": ("sharded", "model.safetensors.index.json", read_huggingface, False),
     "config.json": ("hf", "config.json", read_huggingface, False),
     "tokenizer.json": ("tokenizer", "tokenizer.json", Tokenizer.load, False),
