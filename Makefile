@@ -10,12 +10,14 @@
 #   TORCH_INDEX=URL       package index for torch alone, such as PyTorch's index of CPU builds
 #   OUTPUT=DIR            where the quickstart writes
 #   NPROC=4               processes of the quickstart
+#   FAMILY=mt5            model of the quickstart, an encoder-decoder instead of BLOOM
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= pinned
 OUTPUT ?= quickstart_output
 NPROC ?= 4
+FAMILY ?= bloom
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(TORCH)
@@ -31,7 +33,7 @@ ifeq ($(TORCH),installed)
 	$(PYTHON) -c "import torch; print('using the installed torch', torch.__version__, 'of', torch.__file__)"
 	$(PYTHON) -m venv --system-site-packages $(VENV)
 	$(PYTHON) -c "import torch; print('torch==' + torch.__version__)" > $(CONSTRAINTS)
-	grep -v '^torch==' constraints.txt >> $(CONSTRAINTS)
+	grep -v -e '^torch==' -e '^triton==' constraints.txt >> $(CONSTRAINTS)
 	# A virtual environment made from another one does not see that one's packages by itself.
 	$(PYTHON) -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parent.parent)" \
 	    > $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/installed_torch.pth
@@ -44,7 +46,7 @@ endif
 	touch $(STAMP)
 
 quickstart: setup
-	$(BIN)/xmtf quickstart --output $(OUTPUT) --nproc $(NPROC)
+	$(BIN)/xmtf quickstart --output $(OUTPUT) --family $(FAMILY) --nproc $(NPROC)
 
 lint: setup
 	$(BIN)/python -m ruff check .

@@ -12,6 +12,7 @@ from megatron_xmtf.conversion.verify_logits import LogitsComparison
 from megatron_xmtf.evaluation.results import TaskResult
 from megatron_xmtf.quickstart.cldr import LanguageFacts
 from megatron_xmtf.quickstart.clock import StageClock
+from megatron_xmtf.quickstart.families import Family
 from megatron_xmtf.quickstart.plan import Layout, Paths, Sizes
 from megatron_xmtf.quickstart.questions import TASKS
 from megatron_xmtf.training.trainer import TrainingResult
@@ -24,7 +25,7 @@ NUM_NAMED = 3
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt, and how the exported model continues it in transformers."""
+    """A prompt, and what the exported model writes behind it in transformers."""
 
     language: str
     prompt: str
@@ -41,6 +42,7 @@ class Probe:
 class Outcome:
     """All that the stages handed back."""
 
+    family: Family
     sizes: Sizes
     paths: Paths
     pretraining_layout: Layout
@@ -130,6 +132,7 @@ def build_summary(outcome: Outcome, clock: StageClock) -> dict[str, Any]:
         for result in outcome.after
     ]
     return {
+        "family": outcome.family.name,
         "seconds": {
             "total": round(clock.total_seconds, 2),
             "stages": {name: round(used, 2) for name, used in clock.seconds.items()},

@@ -20,7 +20,7 @@ def write_page(outcome: Outcome, clock: StageClock) -> None:
     num_others = len(outcome.facts) - 1
     page = Page(
         "Quickstart: finetuned on English, asked in other languages",
-        subtitle=f"a BLOOM of {outcome.num_parameters:,} parameters, pretrained on lists and tables in "
+        subtitle=f"{outcome.family.title} of {outcome.num_parameters:,} parameters, pretrained on lists and tables in "
         f"{len(outcome.facts)} languages out of CLDR",
     )
     for story in stories:
@@ -57,9 +57,7 @@ def _words(outcome: Outcome) -> list[str]:
         "English alone. It is asked in English about words of every language and picks one of four answers; "
         f"its accuracy rose clearly, and above chance, in: {', '.join(crossing) or 'no task'}. It did not in: "
         f"{', '.join(staying) or 'no task'}.",
-        "No text of the pretraining says what comes before an item, so the finetuning can teach “before” for its own "
-        "English items, and finds nothing in the other languages that it could carry over: a model that continues "
-        "lists does not turn them round by itself.",
+        outcome.family.words_on_before,
         "Picking one of four answers is easier than producing one. The table below shows what the exported model "
         "writes by itself about Monday in some languages: so small a model often slips into another language there.",
     ]
@@ -96,7 +94,7 @@ def _probe_table(outcome: Outcome) -> Html:
         ]
         for probe in outcome.probes
     ]
-    return Page.table(["language", "prompt", "continued greedily in transformers", "right answer, if another"], rows)
+    return Page.table(["language", "prompt", "written greedily in transformers", "right answer, if another"], rows)
 
 
 def _loss_figures(outcome: Outcome) -> list[Html]:

@@ -1,39 +1,19 @@
-"""What one quickstart does: sizes, layouts, seconds allowed for each stage, and the files under its directory."""
+"""What one quickstart does: sizes, layouts, and the files under its directory."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_xmtf.errors import ConfigError
 
-__all__ = ["STAGE_BUDGETS", "Layout", "Paths", "Sizes", "choose_layout", "finetuning_config", "pretraining_config"]
-
-STAGE_BUDGETS: dict[str, int] = {
-    "load": 10,
-    "facts": 5,
-    "render": 10,
-    "model": 5,
-    "preprocess": 10,
-    "import": 5,
-    "pack": 5,
-    "pretrain": 140,
-    "hand over": 5,
-    "evaluate before": 15,
-    "finetune": 50,
-    "evaluate after": 15,
-    "export": 5,
-    "verify": 10,
-    "report": 5,
-}
-"""Stage -> seconds that it may take on 2 cores, in order; 295 in all. A budget is stated, not enforced."""
+__all__ = ["Layout", "Paths", "Sizes", "choose_layout"]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much data, how large a model, how many steps. The defaults are the five-minute story."""
+    """How much data, how large a model, how many steps. The defaults are those of a BLOOM in five minutes."""
 
     languages: int = 46
     text_rounds: int = 330
@@ -46,9 +26,14 @@ class Sizes:
     """Tokens; a multiple of 256, so that nothing is padded at tp 2."""
     hidden_size: int = 128
     num_layers: int = 4
+    """Layers; of an encoder-decoder on either side."""
     num_attention_heads: int = 4
     sequence_length: int = 256
-    """Tokens of a row."""
+    """Tokens of a row of a decoder-only model."""
+    encoder_length: int = 256
+    """Tokens that an encoder-decoder reads of a row: inputs of several examples."""
+    decoder_length: int = 256
+    """Tokens that it writes of a row: their targets."""
     global_batch_size: int = 8
     """Rows of a step. So small because a tiny model learns by the number of steps."""
     pretrain_steps: int = 580
@@ -95,12 +80,12 @@ class Paths:
 
     @property
     def initial_hf(self) -> Path:
-        """The random tiny BLOOM."""
+        """The random tiny model."""
         return self.root / "initial_hf"
 
     @property
     def pretrained_hf(self) -> Path:
-        """The pretrained tiny BLOOM."""
+        """The pretrained tiny model."""
         return self.root / "pretrained_hf"
 
     @property
@@ -143,59 +128,3 @@ def choose_layout(nproc: int) -> tuple[Layout, Layout]:
     data_parallel = max(size for size in (1, 2, 4) if size <= min(nproc, cores))
     finetuning = {1: Layout(1, 1, 1), 2: Layout(1, 2, 1), 4: Layout(2, 2, 1)}[nproc]
     return Layout(1, 1, data_parallel), finetuning
-
-
-def pretraining_config(sizes: Sizes, paths: Paths, layout: Layout) -> dict[str, Any]:
-    """Return the configuration of the pretraining: every token of the texts is a target."""
-    return _run_config(
-        sizes,
-        paths,
-        layout,
-        run="pretrain",
-        steps=sizes.pretrain_steps,
-        lr=sizes.pretrain_lr,
-        warmup=min(40, sizes.pretrain_steps),
-        micro_batch_size=sizes.global_batch_size // layout.data_parallel_size,
-    )
-
-
-def finetuning_config(sizes: Sizes, paths: Paths, layout: Layout) -> dict[str, Any]:
-    """Return the configuration of the finetuning: the answers to English questions are the targets."""
-    return _run_config(
-        sizes,
-        paths,
-        layout,
-        run="finetune",
-        steps=sizes.finetune_steps,
-        lr=sizes.finetune_lr,
-        warmup=min(20, sizes.finetune_steps),
-        # As many micro-batches as stages keep the bubble small, and more of them would cost more messages.
-        micro_batch_size=sizes.global_batch_size // layout.pipeline_model_parallel_size,
-    )
-
-
-def _run_config(
-    sizes: Sizes, paths: Paths, layout: Layout, *, run: str, steps: int, lr: float, warmup: int, micro_batch_size: int
-) -> dict[str, Any]:
-    start = "initial" if run == "pretrain" else "pretrained"
-    return {
-        "model": str(paths.checkpoints / start),
-        "output": str(paths.run(run)),
-        "data": {"train": [{"prefix": str(paths.data / run)}]},
-        "batch": {
-            "micro_batch_size": micro_batch_size,
-            "global_batch_size": sizes.global_batch_size,
-            "sequence_length": sizes.sequence_length,
-        },
-        "schedule": {"train_steps": steps, "lr_decay_style": "cosine", "lr_warmup_steps": warmup, "min_lr": lr / 10},
-        "parallel": {
-            "tensor_model_parallel_size": layout.tensor_model_parallel_size,
-            "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
-        },
-        "optimizer": {"lr": lr, "weight_decay": 0.01},
-        "loss": {"normalization": "target_token"},
-        "precision": "fp32",
-        "evaluation": {"tasks": [str(paths.tasks)]} if run == "finetune" else {},
-        "logging": {"log_interval": max(1, steps // 8)},
-        "seed": sizes.seed,
-    }

@@ -1,6 +1,6 @@
 """The main job in miniature, stage by stage, through the same pieces that the other verbs call.
 
-CLDR -> texts, questions -> render -> tokenizer, tiny BLOOM -> preprocess -> import -> pack -> train (46 languages)
+CLDR -> texts, questions -> render -> tokenizer, tiny model -> preprocess -> import -> pack -> train (46 languages)
      -> evaluate -> train (English answers to English prompts) -> evaluate -> export -> verify -> report
 """
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from megatron_xmtf.config import ParallelConfig, load_config, write_config
 from megatron_xmtf.config.load import config_from_mapping
@@ -33,18 +33,12 @@ from megatron_xmtf.files import write_json
 from megatron_xmtf.parallel.launch import joined_by_launcher, run_ranks
 from megatron_xmtf.quickstart.clock import StageClock
 from megatron_xmtf.quickstart.dataset import QuickstartData, collect_data, read_jsonl, render_prompts
+from megatron_xmtf.quickstart.families import BLOOM, Family
 from megatron_xmtf.quickstart.model import make_model, train_tokenizer
 from megatron_xmtf.quickstart.outcome import Outcome, Probe, build_summary, closing_words
 from megatron_xmtf.quickstart.page import write_page
-from megatron_xmtf.quickstart.plan import (
-    STAGE_BUDGETS,
-    Layout,
-    Paths,
-    Sizes,
-    choose_layout,
-    finetuning_config,
-    pretraining_config,
-)
+from megatron_xmtf.quickstart.plan import Layout, Paths, Sizes, choose_layout
+from megatron_xmtf.quickstart.run_configs import finetuning_config, pretraining_config
 from megatron_xmtf.training.launch import train
 from megatron_xmtf.training.trainer import TrainingResult
 
@@ -56,12 +50,17 @@ PROBE_TOKENS = 12
 
 
 def run_quickstart(
-    output: Path | str, *, nproc: int = 4, sizes: Sizes | None = None, clock: StageClock | None = None
+    output: Path | str,
+    *,
+    family: Family = BLOOM,
+    nproc: int = 4,
+    sizes: Sizes | None = None,
+    clock: StageClock | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Run the whole path under `output` and return what `summary.json` holds, and closing words for a user.
 
     Args:    output: a directory that does not exist or is empty. nproc: local processes, 1, 2 or 4.
-             clock: one that has timed the stage "load" already.
+             sizes: in place of the family's own. clock: one that has timed the stage "load" already.
     Raises:  ConfigError: `output` is not empty, or another nproc.
     """
     root = Path(output).resolve()
@@ -71,12 +70,14 @@ def run_quickstart(
         raise ConfigError(f"--output {output} is not an empty directory; remove it or name another one.")
     pretraining, finetuning = choose_layout(nproc)
     disable_progress_bar()  # transformers draws one for 29 tensors
-    clock = clock or StageClock(STAGE_BUDGETS)
-    return _Quickstart(sizes or Sizes(), Paths(root), pretraining, finetuning).run(clock)
+    set_verbosity_error()  # it warns that an mT5's head is not tied, which is right; "verify" compares every logit
+    clock = clock or StageClock(family.stage_budgets)
+    return _Quickstart(family, sizes or family.sizes, Paths(root), pretraining, finetuning).run(clock)
 
 
 @dataclass
 class _Quickstart:
+    family: Family
     sizes: Sizes
     paths: Paths
     pretraining: Layout
@@ -91,9 +92,9 @@ class _Quickstart:
                 self._preprocess(name, kind)
         with clock.stage("import", "the Hugging Face model becomes a checkpoint that any parallel layout reads"):
             _in_own_process(import_huggingface, paths.initial_hf, paths.checkpoints / "initial")
-        with clock.stage("pack", f"fit whole examples into rows of {sizes.sequence_length} tokens"):
-            self._pack("pretrain", pretraining_config(sizes, paths, self.pretraining))
-            self._pack("finetune", finetuning_config(sizes, paths, self.finetuning))
+        with clock.stage("pack", f"fit whole examples into rows of {self._row_words()}"):
+            self._pack("pretrain", pretraining_config(self.family, sizes, paths, self.pretraining))
+            self._pack("finetune", finetuning_config(self.family, sizes, paths, self.finetuning))
         what = f"{sizes.pretrain_steps} steps on plain texts in {sizes.languages} languages at {self.pretraining}"
         with clock.stage("pretrain", what):
             pretrained = self._train("pretrain", self.pretraining)
@@ -112,6 +113,7 @@ class _Quickstart:
         with clock.stage("verify", "open it in transformers, compare logits with our engine's"):
             logits, probes = self._verify(data)
         outcome = Outcome(
+            family=self.family,
             sizes=sizes,
             paths=paths,
             pretraining_layout=self.pretraining,
@@ -143,13 +145,19 @@ class _Quickstart:
         return data
 
     def _make_model(self, clock: StageClock, data: QuickstartData) -> int:
-        with clock.stage("model", "a byte-level BPE tokenizer, a random tiny BLOOM"):
+        with clock.stage("model", f"a byte-level BPE tokenizer, {self.family.title} of random weights"):
             prompts = [record["inputs"] for record in read_jsonl(self.paths.data / "finetune.jsonl")]
-            train_tokenizer([*data.texts, *prompts], self.paths.tokenizer, vocab_size=self.sizes.vocab_size)
-            arguments = (self.paths.tokenizer, self.paths.initial_hf, self.sizes)
+            train_tokenizer(
+                [*data.texts, *prompts], self.paths.tokenizer, family=self.family, vocab_size=self.sizes.vocab_size
+            )
+            arguments = (self.paths.tokenizer, self.paths.initial_hf, self.family, self.sizes)
             num_parameters: int = _in_own_process(make_model, *arguments)
             print(f"        {self.sizes.vocab_size:,} tokens, {num_parameters:,} parameters")
         return num_parameters
+
+    def _row_words(self) -> str:
+        lengths = self.family.row_lengths(self.sizes)
+        return " and ".join(f"{tokens} tokens ({name})" for name, tokens in lengths.items())
 
     def _preprocess(self, name: str, kind: Any) -> None:
         manifest = preprocess(
@@ -164,10 +172,13 @@ class _Quickstart:
         """Write a run's configuration and build the packing index that it reads."""
         config = config_from_mapping(values, RunConfig, source=f"the quickstart's {name}.yaml")
         write_config(config, self.paths.config(name))
+        datasets = open_datasets(
+            config.data.training_datasets, batch=config.batch, tokenizer=Tokenizer.load(self.paths.tokenizer)
+        )
         index = build_packing_index(
-            open_datasets(config.data.training_datasets),
+            datasets,
             data=config.data,
-            sequence_length=config.batch.sequence_length,
+            sequence_length=config.batch.row_lengths,
             rows_needed=config.train_rows,
             seed=config.seed,
             directory=index_directory(config),
@@ -207,7 +218,7 @@ class _Quickstart:
         print(f"        largest difference of a logit {logits.max_abs_difference:.2g}; greedy answers:")
         asked = [data.facts[language] for language in PROBE_LANGUAGES if language in data.facts]
         prompts = [f"What comes after {facts.days[0]}?" for facts in asked]
-        answers: list[str] = _in_own_process(_ask_transformers, self.paths.hf, prompts)
+        answers: list[str] = _in_own_process(_ask_transformers, self.paths.hf, prompts, self.family)
         probes = [
             Probe(language=facts.language, prompt=prompt, answer=answer, right_answer=facts.days[1])
             for facts, prompt, answer in zip(asked, prompts, answers, strict=True)
@@ -231,23 +242,28 @@ def _parallel_config(layout: Layout) -> ParallelConfig:
     )
 
 
-def _ask_transformers(directory: Path, prompts: list[str]) -> list[str]:
-    """Open the exported directory as any user does, and continue prompts greedily.
+def _ask_transformers(directory: Path, prompts: list[str], family: Family) -> list[str]:
+    """Open the exported directory as any user does, and let it answer prompts greedily.
 
     Raises:  CheckpointError: `AutoTokenizer` and ours give other ids.
     """
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
+    model = family.open_model(directory).eval()
+    own = Tokenizer.load(directory)
     answers = []
-    for prompt, expected in zip(prompts, Tokenizer.load(directory).encode_batch(prompts), strict=True):
+    for prompt, expected in zip(prompts, own.encode_batch(prompts), strict=True):
+        if family.reads_eos:
+            expected = [*expected, own.eos_id]
         ids = tokenizer(prompt, return_tensors="pt")
         if ids["input_ids"][0].tolist() != expected:
             raise CheckpointError(
                 f"AutoTokenizer reads {prompt!r} in {directory} as {ids}, preprocessing as {expected}."
             )
         with torch.no_grad():
-            continued = model.generate(
+            written = model.generate(
                 ids["input_ids"], attention_mask=ids["attention_mask"], max_new_tokens=PROBE_TOKENS, do_sample=False
-            )
-        answers.append(str(tokenizer.decode(continued[0][len(expected) :], skip_special_tokens=True)).strip())
+            )[0]
+        # A decoder-only model hands its prompt back as well.
+        answer = written if model.config.is_encoder_decoder else written[len(expected) :]
+        answers.append(str(tokenizer.decode(answer, skip_special_tokens=True)).strip())
     return answers

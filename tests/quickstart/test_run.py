@@ -1,5 +1,6 @@
-"""The whole path with a few steps of a very small model: every stage, file and key; not the accuracy."""
+"""The whole path of each family with a few steps of a very small model: stages, files, keys; not the accuracy."""
 
+import html
 import json
 import re
 
@@ -8,8 +9,9 @@ import pytest
 from megatron_xmtf.cli import main
 from megatron_xmtf.config import load_config
 from megatron_xmtf.errors import ConfigError
+from megatron_xmtf.quickstart.families import BLOOM, FAMILIES, MT5
 from megatron_xmtf.quickstart.outcome import task_stories
-from megatron_xmtf.quickstart.plan import STAGE_BUDGETS, Paths, Sizes, choose_layout
+from megatron_xmtf.quickstart.plan import Paths, Sizes, choose_layout
 from megatron_xmtf.quickstart.questions import TASKS
 from megatron_xmtf.quickstart.run import run_quickstart
 
@@ -22,22 +24,30 @@ TINY = Sizes(
     hidden_size=32,
     num_layers=2,
     sequence_length=128,
+    encoder_length=128,
+    decoder_length=64,
     pretrain_steps=3,
     finetune_steps=2,
 )
 
 
+@pytest.fixture(scope="module", params=[BLOOM, MT5], ids=lambda family: family.name)
+def family(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, family):
     root = tmp_path_factory.mktemp("quickstart") / "out"
-    summary, words = run_quickstart(root, nproc=4, sizes=TINY)
+    summary, words = run_quickstart(root, family=family, nproc=4, sizes=TINY)
     return Paths(root), summary, words
 
 
-def test_summary_has_every_stage_task_and_language(finished) -> None:
+def test_summary_has_every_stage_task_and_language(finished, family) -> None:
     paths, summary, _ = finished
+    assert summary["family"] == family.name
     assert summary == json.loads((paths.root / "summary.json").read_text(encoding="utf-8"))
-    assert list(summary["seconds"]["stages"]) == [name for name in STAGE_BUDGETS if name != "load"]
+    assert list(summary["seconds"]["stages"]) == [name for name in family.stage_budgets if name != "load"]
     assert summary["seconds"]["total"] >= sum(summary["seconds"]["stages"].values()) - 0.1
     assert summary["max_abs_logit_difference"] <= 1e-4
     assert summary["languages"] == 4
@@ -80,12 +90,15 @@ def test_files_are_kept_and_can_be_used_again(finished) -> None:
     assert str(paths.hf) in words and all(task in words for task in TASKS)
 
 
-def test_page_is_offline_and_shows_every_language(finished) -> None:
-    paths, _, _ = finished
+def test_page_is_offline_and_shows_every_language(finished, family) -> None:
+    paths, _, words = finished
     page = (paths.root / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", page)
     assert all(language in page for language in ("Arabic (ar)", "Assamese (as)", "Bangla (bn)"))
     assert page.count("<svg") == 4  # languages x tasks, tasks, two losses
+    assert family.title in page and family.words_on_before in html.unescape(page)
+    others = {other.title.split()[1] for other in FAMILIES.values()} - {family.title.split()[1]}
+    assert not any(other in page + words for other in others)
 
 
 def test_exported_model_is_the_pretrained_one_finetuned(finished) -> None:
@@ -115,6 +128,45 @@ def test_stories_pair_both_evaluations(finished) -> None:
     assert story.stderr == pytest.approx((0.6 * 0.4 / 400) ** 0.5)
     assert story.transfers
     assert not task_stories(results(0.3, 0.2, 0.3), results(0.9, 0.2, 0.35))[0].transfers
+
+
+def test_exported_model_is_of_the_family(finished, family) -> None:
+    from safetensors.numpy import load_file
+    from transformers import AutoConfig, AutoTokenizer
+
+    paths, _, _ = finished
+    config = AutoConfig.from_pretrained(paths.hf, local_files_only=True)
+    assert config.model_type == family.name and config.vocab_size == TINY.vocab_size
+    ids = AutoTokenizer.from_pretrained(paths.hf, local_files_only=True)("What?")["input_ids"]
+    assert (ids[-1] == config.eos_token_id) is config.is_encoder_decoder
+    tensors = load_file(paths.hf / "model.safetensors")
+    entries = load_config(paths.config("pretrain")).data.train
+    assert [entry.objective is None for entry in entries] == [family is BLOOM]
+    assert load_config(paths.config("finetune")).data.train[0].objective is None
+    if family is BLOOM:
+        assert "lm_head.weight" not in tensors  # tied
+    else:
+        assert (config.num_layers, config.num_decoder_layers, config.feed_forward_proj) == (2, 2, "gated-gelu")
+        assert tensors["lm_head.weight"].shape == tensors["shared.weight"].shape
+        assert (tensors["lm_head.weight"] != tensors["shared.weight"]).any()
+
+
+def test_sentinels_are_the_last_words_downwards(finished, family) -> None:
+    from transformers import AutoTokenizer
+
+    paths, _, _ = finished
+    tokenizer = AutoTokenizer.from_pretrained(paths.tokenizer, local_files_only=True)
+    assert len(tokenizer) == TINY.vocab_size
+    sentinels = [word for word in tokenizer.get_vocab() if word.startswith("<extra_id_")]
+    assert len(sentinels) == family.num_sentinels
+    for number in range(family.num_sentinels):
+        assert tokenizer.convert_tokens_to_ids(f"<extra_id_{number}>") == TINY.vocab_size - 1 - number
+
+
+def test_unknown_family_is_refused(tmp_path, capsys) -> None:
+    assert main(["quickstart", "--output", str(tmp_path / "out"), "--family", "mt0"]) == 2
+    assert "--family mt0" in (error := capsys.readouterr().err) and "bloom" in error and "mt5" in error
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("nproc", "finetuning"), [(1, (1, 1)), (2, (1, 2)), (4, (2, 2))])
