@@ -45,7 +45,7 @@ from megatron_xmtf.training.preset_start import (
     preset_architecture,
     preset_checkpoint,
 )
-from megatron_xmtf.training.resume import check_same_run
+from megatron_xmtf.training.resume import check_same_run, warn_of_changed_versions
 from megatron_xmtf.training.stopping import STOP_FILE
 from megatron_xmtf.training.trackers import check_trackers
 
@@ -296,6 +296,7 @@ def _resumed(config: RunConfig, checkpoint: Path, allowed_changes: Sequence[str]
             "Start a new run from it with model=CHECKPOINT and another output."
         )
     check_same_run(config, manifest.config, allowed_changes=allowed_changes)
+    warn_of_changed_versions(manifest.versions)
     return StartPoint(checkpoint=checkpoint, resumed=True, step=manifest.step)
 
 

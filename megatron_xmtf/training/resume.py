@@ -1,14 +1,19 @@
-"""Refuse to resume a run whose configuration changed in a way that changes the training."""
+"""Refuse to resume a run whose configuration changed in a way that changes the training; say what else changed."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import logging
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.errors import ConfigMismatchError
 
-__all__ = ["check_same_run"]
+__all__ = ["changed_versions", "check_same_run", "warn_of_changed_versions"]
+
+logger = logging.getLogger(__name__)
 
 FREE_KEYS = (
     # These may change between two parts of a run; the curve goes on as if nothing had happened.
@@ -73,6 +78,29 @@ def check_same_run(config: RunConfig, saved: Mapping[str, Any], *, allowed_chang
             f"the configuration differs from the resumed checkpoint's: {lines}. Put it back, allow it with "
             f"`--allow-change {differing[0]}`, or start a new run in another output."
         )
+
+
+def changed_versions(saved: Mapping[str, str]) -> list[str]:
+    """Word what is installed in another version than a checkpoint was written with: "torch: 2.10.0 -> 2.13.0"."""
+    changes = []
+    for name, before in saved.items():
+        try:
+            now = platform.python_version() if name == "python" else importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            now = "not installed"
+        if now != before:
+            changes.append(f"{name}: {before} -> {now}")
+    return changes
+
+
+def warn_of_changed_versions(saved: Mapping[str, str]) -> None:
+    """Say that a run goes on with other libraries: its curve may differ in the last digits, or in more.
+
+    It is no error: a cluster is upgraded in the middle of long runs, and the checkpoint says what wrote each part.
+    """
+    changes = changed_versions(saved)
+    if changes:
+        logger.warning("the resumed checkpoint was written with other versions: %s", "; ".join(changes))
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
