@@ -22,12 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint of BigScience's Megatron-DeepSpeed: layer files, universal, or its fragments; or the "
         "directory above, with `latest`",
     )
+    source.add_argument(
+        "--megatron",
+        metavar="DIR",
+        help="torch_dist checkpoint of Megatron-LM or Megatron-Core that holds a BLOOM; or the directory above",
+    )
     parser.add_argument("--output", required=True, metavar="CKPT", help="checkpoint to write; must not exist")
     parser.add_argument("--dtype", metavar="TYPE", help="float32, bfloat16 or float16; default: as in the model")
+    others = parser.add_argument_group("with --deepspeed or --megatron")
+    others.add_argument("--config", metavar="PATH", help="a BLOOM's config.json; default: by the run's own settings")
+    others.add_argument("--tokenizer", metavar="DIR", help="directory whose tokenizer files go along")
+    others.add_argument("--vocab-size", type=int, metavar="N", help="rows of the embedding to keep; default: all")
     deepspeed = parser.add_argument_group("with --deepspeed")
-    deepspeed.add_argument("--config", metavar="PATH", help="a BLOOM's config.json; default: by the run's own settings")
-    deepspeed.add_argument("--tokenizer", metavar="DIR", help="directory whose tokenizer files go along")
-    deepspeed.add_argument("--vocab-size", type=int, metavar="N", help="rows of the embedding to keep; default: all")
     deepspeed.add_argument(
         "--weights",
         choices=["stored", "fp32"],
@@ -64,10 +70,22 @@ def run(arguments: argparse.Namespace) -> int:
             replicas=arguments.replicas or "average",
             dtype=dtype,
         )
+    elif arguments.megatron is not None:
+        from megatron_xmtf.conversion.megatron_core import import_megatron
+
+        _refuse(arguments, "weights", "replicas")
+        done = import_megatron(
+            arguments.megatron,
+            arguments.output,
+            config=arguments.config,
+            tokenizer=arguments.tokenizer,
+            vocab_size=arguments.vocab_size,
+            dtype=dtype,
+        )
     else:
         from megatron_xmtf.conversion.huggingface import import_huggingface
 
-        _refuse_others(arguments)
+        _refuse(arguments, "config", "tokenizer", "vocab_size", "weights", "replicas")
         done = import_huggingface(arguments.hf, arguments.output, dtype=dtype)
     if arguments.json:
         print(json.dumps(asdict(done), indent=2, default=str))
@@ -75,20 +93,21 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{done.checkpoint}: {done.tensors} tensors, {done.parameters:,} parameters, {done.dtype}")
     if arguments.deepspeed is not None:
         _print_deepspeed(done)
+    if arguments.megatron is not None and done.dropped_vocabulary_rows:
+        print(f"  {done.dropped_vocabulary_rows} rows of the embedding dropped")
     return 0
 
 
-def _refuse_others(arguments: argparse.Namespace) -> None:
-    """Refuse the flags of another source.
+def _refuse(arguments: argparse.Namespace, *names: str) -> None:
+    """Refuse flags that this source has no use for.
 
     Raises:  ConfigError: one is given.
     """
     from megatron_xmtf.errors import ConfigError
 
-    flags = ("config", "tokenizer", "vocab_size", "weights", "replicas")
-    given = [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name) is not None]
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
     if given:
-        raise ConfigError(f"{', '.join(given)}: of use with --deepspeed alone; a Hugging Face directory has all of it.")
+        raise ConfigError(f"{', '.join(given)}: of no use with this source; xmtf import --help says where it belongs.")
 
 
 def _print_deepspeed(done: Any) -> None:

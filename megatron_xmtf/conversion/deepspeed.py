@@ -41,7 +41,7 @@ from megatron_xmtf.files import require_directory, write_json
 from megatron_xmtf.models.bloom_architecture import BloomArchitecture, bloom_from_hf
 from megatron_xmtf.progress import Progress
 
-__all__ = ["ImportedDeepSpeed", "WeightSource", "import_deepspeed"]
+__all__ = ["ImportedDeepSpeed", "WeightSource", "given_config", "import_deepspeed", "write_side_files"]
 
 WeightSource = Literal["stored", "fp32"]
 """stored: the layer files, as half-precision training computed with them. fp32: the optimizer's own weights."""
@@ -144,7 +144,7 @@ def import_deepspeed(
         settings = read_settings(found.path)
         values, iteration = settings_to_hf(settings, what=found.path), settings.iteration
     else:
-        values, iteration = _given_config(Path(config)), None
+        values, iteration = given_config(Path(config)), None
     stored_rows = _stored_rows(source, found.path, hidden_size=values.get("hidden_size", values.get("n_embed")))
     values["vocab_size"] = vocab_size or values.get("vocab_size", stored_rows)
     architecture = bloom_from_hf(values)
@@ -173,7 +173,7 @@ def import_deepspeed(
             for parameter in parameters:
                 _import_parameter(reading, parameter, writer, progress, dtype=dtype or types[parameter.ours])
             writer.finish()
-        _write_side_files(temporary / "hf", values, stored_name, config=config, tokenizer=tokenizer)
+        write_side_files(temporary / "hf", values, stored_name, config=config, tokenizer=tokenizer)
     return ImportedDeepSpeed(
         checkpoint=output,
         source=found.path,
@@ -213,11 +213,14 @@ def _left_out(found: DeepSpeedDirectory, weights: WeightSource) -> tuple[str, ..
     return ("moments of the optimizer",) if weights == "fp32" else ("fp32 weights and moments of the optimizer",)
 
 
-def _given_config(config: Path) -> dict[str, Any]:
-    """Read a config.json, or that of a directory."""
+def given_config(config: Path) -> dict[str, Any]:
+    """Read a BLOOM's config.json, or that of a directory.
+
+    Raises:  MissingError: not there. CheckpointError: of another family.
+    """
     values = read_config(config.parent if config.name == "config.json" else require_directory(config))
     if values.get("model_type") != "bloom":
-        raise CheckpointError(f"{config}: model_type {values.get('model_type')!r}; Megatron-DeepSpeed's is a bloom.")
+        raise CheckpointError(f"{config}: model_type {values.get('model_type')!r}; only a bloom is stored so.")
     return dict(values)
 
 
@@ -300,10 +303,13 @@ def _import_parameter(
         writer.write(parameter.ours, zeros, offsets=(rows + start, *rest), shape=parameter.padded_shape)
 
 
-def _write_side_files(
+def write_side_files(
     target: Path, values: Mapping[str, Any], dtype: str, *, config: Path | str | None, tokenizer: Path | str | None
 ) -> None:
-    """Write what an export needs besides the weights."""
+    """Write what an export needs besides the weights.
+
+    Args:  values: of config.json. config: where it comes from, if it was given; a directory's other files go along.
+    """
     target.mkdir()
     if config is not None and Path(config).is_dir():
         copy_side_files(Path(config), target)

@@ -35,6 +35,7 @@ from megatron_xmtf.files import require_directory, require_file, safe_child
 __all__ = [
     "DeepSpeedDirectory",
     "DeepSpeedSettings",
+    "bloom_config",
     "final_layer",
     "find_deepspeed",
     "layer_and_key",
@@ -157,8 +158,6 @@ def read_settings(directory: Path) -> DeepSpeedSettings:
 def settings_to_hf(settings: DeepSpeedSettings, *, what: Path) -> dict[str, Any]:
     """Word a run's settings as the config.json of a BLOOM, but for its vocab_size.
 
-    Dropout is the next run's setting, not the model's: 0 here, as in the published models.
-
     Raises:  CheckpointError: no settings, or they are not a BLOOM's; names each that differs.
     """
     found = settings.arguments
@@ -174,17 +173,25 @@ def settings_to_hf(settings: DeepSpeedSettings, *, what: Path) -> dict[str, Any]
             f"{what / SETTINGS_FILE}: {'; '.join(problems)}. A BLOOM computes something else, so the weights would be "
             "read wrongly. If the file is wrong, give the model's config.json with --config."
         )
+    return bloom_config(found)
+
+
+def bloom_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Word Megatron's settings as a BLOOM's config.json, without vocab_size.
+
+    Dropout is the next run's setting, not the model's: 0 here, as in the published models.
+    """
     return {
         "architectures": ["BloomForCausalLM"],
         "model_type": "bloom",
-        "hidden_size": found["hidden_size"],
-        "n_layer": found["num_layers"],
-        "n_head": found["num_attention_heads"],
-        "layer_norm_epsilon": found.get("layernorm_epsilon", 1e-5),
+        "hidden_size": settings["hidden_size"],
+        "n_layer": settings["num_layers"],
+        "n_head": settings["num_attention_heads"],
+        "layer_norm_epsilon": settings.get("layernorm_epsilon", 1e-5),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "apply_residual_connection_post_layernorm": False,
-        "seq_length": found.get("seq_length", 2048),
+        "seq_length": settings.get("seq_length", 2048),
         "unk_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,

@@ -140,7 +140,7 @@ def test_what_cannot_be_is_refused(model: Path, tmp_path: Path, capsys: pytest.C
     with pytest.raises(ConfigError, match="exists already"):
         export_deepspeed(checkpoint, output)
     words = ["import", "--hf", str(model / "hf"), "--output", str(tmp_path / "c"), "--vocab-size", "9"]
-    assert main(words) == 2 and "--vocab-size: of use with --deepspeed alone" in capsys.readouterr().err
+    assert main(words) == 2 and "--vocab-size: of no use with this source" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_leaves_nothing(model: Path, tmp_path: Path) -> None:
