@@ -49,6 +49,7 @@ setup(
         "dev": [
             *("pyarrow>=14.0.1", "datasets>=4", "tensorboard>=2.15", "wandb>=0.18"),
             *("pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"),
+            'triton>=3.6; platform_system == "Linux"',  # its interpreter and its compiler, without a GPU, for tests
         ],
     },
     entry_points={"console_scripts": ["xmtf=megatron_xmtf.cli:main"]},

@@ -1,7 +1,13 @@
-"""One thread a process for every test: the ranks of parallel tests share two cores, and are forked."""
+"""One thread a process for every test: the ranks of parallel tests share two cores, and are forked.
+
+Where there is no GPU, Triton kernels run in its interpreter; it must be told so before a kernel is imported.
+"""
 
 import os
+from glob import glob
 
+if not glob("/dev/nvidia[0-9]*"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -16,6 +16,7 @@ from megatron_xmtf.errors import ConfigError
 from megatron_xmtf.kernels.packed_attention import PackedAttention, choose_packed_attention, reference, segments
 from megatron_xmtf.kernels.packed_attention.choose import IMPLEMENTATIONS
 from megatron_xmtf.kernels.packed_attention.reference import alibi_slopes, packed_bias
+from megatron_xmtf.kernels.segment_attention import available
 
 SEGMENT_IDS = torch.tensor(
     [
@@ -308,7 +309,10 @@ def test_auto_is_segments_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
     assert "packed attention: segments" in caplog.text
 
 
-def test_auto_on_a_gpu_is_sdpa_in_fp32_and_the_reference_in_half_precision() -> None:
+def test_auto_on_a_gpu_without_triton_is_sdpa_in_fp32_and_the_reference_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(available, "find_spec", lambda name: None)
     assert choose_packed_attention("auto", precision="fp32", device="cuda").name == "sdpa"
     assert choose_packed_attention("auto", precision="bf16", device="cuda").name == "reference"
 

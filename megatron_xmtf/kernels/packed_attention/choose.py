@@ -2,12 +2,14 @@
 
 kernels.attention   device   precision          work of a row of s tokens in segments of l
 segments            cpu      any                sum of l^2                 auto on a CPU
-sdpa                any      fp32               s^2, dense fp32 bias       auto on a GPU in fp32
-reference           any      any                s^2, scores kept           auto on a GPU in bf16 and fp16
+fused               cuda     any                blocks of segments         auto on a GPU where Triton can run
+sdpa                any      fp32               s^2, dense fp32 bias       auto on other GPUs in fp32
+reference           any      any                s^2, scores kept           auto on other GPUs in bf16 and fp16
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from megatron_xmtf.errors import ConfigError
 from megatron_xmtf.kernels.packed_attention import reference, sdpa, segments
+from megatron_xmtf.kernels.segment_attention.available import why_not_fused
 
 __all__ = ["PackedAttention", "Prepare", "choose_packed_attention"]
 
@@ -55,17 +58,21 @@ IMPLEMENTATIONS = {
 
 
 def choose_packed_attention(
-    wish: Literal["auto", "reference", "sdpa", "segments"],
+    wish: Literal["auto", "reference", "sdpa", "segments", "fused"],
     *,
     precision: Literal["fp32", "bf16", "fp16"],
     device: Literal["cpu", "cuda"] | None = None,
+    head_dim: int | None = None,
 ) -> PackedAttention:
     """Return the implementation for a run.
 
-    Args:    device: None: where this machine computes, a GPU if it has one.
+    Args:    device: None: where this machine computes, a GPU if it has one. head_dim: of the model, if it is known.
     Raises:  ConfigError: the wish cannot be met.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    obstacle = why_not_fused(device=device, head_dim=head_dim)
+    if wish == "fused" and obstacle is not None:
+        raise ConfigError(f"kernels.attention=fused cannot run: {obstacle}. Use auto.")
     if wish == "sdpa" and precision != "fp32":
         raise ConfigError(
             f"kernels.attention=sdpa needs precision=fp32, it is {precision}: torch would round the ALiBi bias to "
@@ -76,11 +83,20 @@ def choose_packed_attention(
             "kernels.attention=segments is made for a CPU, and this run computes on a GPU: it would wait for the "
             "device in every step to learn the lengths of the segments. Use auto, reference or sdpa."
         )
+    why = ""
     if wish != "auto":
         name: str = wish
     elif device == "cpu":
         name = "segments"
+    elif obstacle is None:
+        name = "fused"
     else:
-        name = "sdpa" if precision == "fp32" else "reference"
-    logger.info("packed attention: %s", name)
-    return IMPLEMENTATIONS[name]
+        name, why = "sdpa" if precision == "fp32" else "reference", f", not fused: {obstacle}"
+    logger.info("packed attention: %s%s", name, why)
+    return _fused() if name == "fused" else IMPLEMENTATIONS[name]
+
+
+def _fused() -> PackedAttention:
+    """Import the Triton kernels, which a machine without Triton cannot."""
+    fused = importlib.import_module("megatron_xmtf.kernels.packed_attention.fused")
+    return PackedAttention("fused", fused.find_ranges, fused.packed_attention)

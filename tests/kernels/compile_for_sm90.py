@@ -1,0 +1,109 @@
+"""Compile every Triton kernel for an H100 or H200 without having one, and print what the machine code says of itself.
+
+    python -m tests.kernels.compile_for_sm90 [all]
+
+One JSON object a kernel: registers a thread, bytes of stack (spilled registers lie there), bytes of shared memory, and
+whether tensor cores are used. Run in a process of its own: Triton is told at its import whether it compiles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INTEGERS = ("key_begin_ptr", "key_end_ptr", "query_begin_ptr", "query_end_ptr", "labels_ptr")
+ALWAYS_FP32 = ("log_sum_ptr", "delta_ptr", "of_bias_ptr", "bias_ptr")
+
+
+def cases(*, everything: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield kernel names with precision, head_dim, bias, dropout; few of them unless everything is asked for."""
+    kernels = ("attention_forward", "query_gradient", "key_value_gradient")
+    for kernel in kernels:
+        yield kernel, {"precision": "bf16", "head_dim": 128, "bias": "alibi", "drops": False}
+        yield kernel, {"precision": "bf16", "head_dim": 64, "bias": "relative", "drops": False}
+    yield "bias_gradient", {"precision": "bf16", "head_dim": 64, "bias": "relative", "drops": False}
+    if everything:
+        for kernel in kernels:
+            for head_dim in (64, 80, 96, 128):
+                for bias in ("alibi", "relative", "none"):
+                    for precision in ("bf16", "fp16"):
+                        yield kernel, {"precision": precision, "head_dim": head_dim, "bias": bias, "drops": False}
+            yield kernel, {"precision": "bf16", "head_dim": 64, "bias": "relative", "drops": True}
+            yield kernel, {"precision": "fp32", "head_dim": 64, "bias": "alibi", "drops": False}
+        yield "bias_gradient", {"precision": "bf16", "head_dim": 128, "bias": "relative", "drops": False}
+        yield "bias_gradient", {"precision": "bf16", "head_dim": 64, "bias": "relative", "drops": True}
+
+
+def compile_attention(name: str, *, precision: str, head_dim: int, bias: Any, drops: bool) -> dict[str, Any]:
+    """Compile one kernel as `attend.py` launches it, for rows of odd lengths and strides that 16 divides."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megatron_xmtf.kernels.segment_attention import backward, forward
+    from megatron_xmtf.kernels.segment_attention.attend import choose_blocks
+
+    function = getattr(forward, name, None) or getattr(backward, name)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    blocks = choose_blocks(name, PRECISIONS[precision], block_d, bias)
+    constants = {
+        **{"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BIAS": bias, "DROPS": drops},
+        **{"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "BLOCK": blocks.queries},
+        "PRECISION": "ieee" if precision == "fp32" else "tf32",
+    }
+    signature, attributes = {}, {}
+    for place, argument in enumerate(function.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in INTEGERS:
+            signature[argument] = "*i32"
+        elif argument == "seed_ptr":
+            signature[argument] = "*i64"
+        elif argument.endswith("_ptr"):
+            signature[argument] = "*fp32" if argument in ALWAYS_FP32 else f"*{precision}"
+        else:
+            signature[argument] = "fp32" if argument in ("scale", "dropout") else "i32"
+        if argument.endswith("_ptr") or argument.startswith("stride"):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, {k: v for k, v in constants.items() if k in signature}, attributes)
+    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return {
+        "kernel": name,
+        **{"precision": precision, "head_dim": head_dim, "bias": bias, "drops": drops},
+        **read_usage(compiled.asm["cubin"]),
+        "shared_bytes": compiled.metadata.shared,
+        "has_tensor_cores": "wgmma" in compiled.asm["ptx"],
+    }
+
+
+def read_usage(cubin: bytes) -> dict[str, int]:
+    """Read registers and stack of a kernel out of its machine code."""
+    import triton
+
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(disassembler), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {
+        name: int(re.search(rf"{key}:(\d+)", text)[1])  # type: ignore[index]
+        for name, key in (("registers", "REG"), ("stack_bytes", "STACK"))
+    }
+
+
+if __name__ == "__main__":
+    assert os.environ.get("TRITON_INTERPRET", "0") == "0", "nothing is compiled where Triton interprets"
+    for name, settings in cases(everything="all" in sys.argv):
+        print(json.dumps(compile_attention(name, **settings)), flush=True)

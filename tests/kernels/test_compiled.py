@@ -1,0 +1,50 @@
+"""Triton kernels compiled for an H100 or H200: no register is spilled, tensor cores run, shared memory suffices."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+SHARED_BYTES = 227 * 1024
+"""What a block of an H100 or H200 may have (compute capability 9.0)."""
+
+
+def compiled(*arguments: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.kernels.compile_for_sm90", *arguments]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(kernels: list[dict[str, Any]]) -> None:
+    for kernel in kernels:
+        half = kernel["precision"] != "fp32"
+        assert kernel["shared_bytes"] <= SHARED_BYTES, kernel
+        assert kernel["has_tensor_cores"] == half, kernel
+        if half and not kernel["drops"]:
+            assert kernel["stack_bytes"] == 0, f"registers are spilled: {kernel}"
+
+
+def test_kernels_compile_without_spilled_registers() -> None:
+    kernels = compiled()
+    assert {kernel["kernel"] for kernel in kernels} == {
+        "attention_forward",
+        "query_gradient",
+        "key_value_gradient",
+        "bias_gradient",
+    }
+    check(kernels)
+
+
+@pytest.mark.slow
+def test_kernels_of_every_shape_compile_without_spilled_registers() -> None:
+    check(compiled("all"))
