@@ -18,6 +18,11 @@ UNUSED = "no part of this version uses it"
 FUSED_ADAM = "its fused Adam can run on a GPU; kernels.adam says which does"
 OPTIONAL = {
     # distribution: (module, what changes with it, what happens without it)
+    "triton": (
+        "triton",
+        "attention on a GPU runs in our Triton kernels",
+        "attention on a GPU is dense, in plain torch; torch's CUDA builds bring Triton",
+    ),
     "transformer-engine": ("transformer_engine", FUSED_ADAM, "the fused AdamW of torch is used"),
     "apex": ("apex", FUSED_ADAM, "NVIDIA's, built from source; the fused AdamW of torch is used"),
     "flash-attn": ("flash_attn", UNUSED, f"{UNUSED}; attention runs as under `kernels`"),
@@ -229,6 +234,7 @@ def examine_kernels() -> dict[str, dict[str, str]]:
 
     from megatron_xmtf.kernels.adam import choose_adam
     from megatron_xmtf.kernels.packed_attention import choose_packed_attention
+    from megatron_xmtf.kernels.relative_attention import choose_relative_attention
     from megatron_xmtf.kernels.weight_gradient import choose_weight_gradient
 
     has_cuda = torch.cuda.is_available()
@@ -237,8 +243,10 @@ def examine_kernels() -> dict[str, dict[str, str]]:
         "fp32": choose_packed_attention("auto", precision="fp32"),
         "bf16": choose_packed_attention("auto", precision="bf16"),
     }
+    relative = choose_relative_attention("auto").name
     return {
         "packed attention": {precision: attention.name for precision, attention in chosen.items()},
+        "attention of encoder and decoder": {"fp32": relative, "bf16": relative},
         # Main parameters are fp32 whatever the precision.
         "adam": {"fp32": adam},
         "weight gradients": {"fp32": choose_weight_gradient("auto", has_cuda=has_cuda)},

@@ -183,8 +183,9 @@ class RecomputeConfig(Section):
 class KernelsConfig(Section):
     """Which implementation of each operation runs; decided once at start and printed."""
 
-    attention: Literal["auto", "reference", "sdpa", "segments"] = "auto"
-    """Packed ALiBi attention. auto: on a CPU segments, on a GPU sdpa in fp32 and reference in half precision."""
+    attention: Literal["auto", "reference", "sdpa", "segments", "fused"] = "auto"
+    """Attention within the segments of packed rows. auto: on a CPU segments; on a GPU fused, our Triton kernels, or where
+    Triton cannot run sdpa (decoder models in fp32) and reference."""
     adam: Literal["auto", "torch", "transformer_engine", "apex"] = "auto"
     """Whose fused AdamW. auto: on a GPU the first that can be imported of Transformer Engine and NVIDIA's apex, else
     torch. The checkpoints are the same."""

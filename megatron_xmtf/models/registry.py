@@ -51,7 +51,7 @@ def build_model(
     )
     chunks: list[torch.nn.Module]
     if isinstance(architecture, BloomArchitecture):
-        attention = choose_packed_attention(kernels.attention, precision=precision)
+        attention = choose_packed_attention(kernels.attention, precision=precision, head_dim=architecture.head_dim)
         chunks = [
             BloomModel(
                 config,
@@ -66,7 +66,7 @@ def build_model(
     else:
         lengths = {"encoder_length": encoder_length, "decoder_length": decoder_length}
         settings = AttentionSettings(
-            attention=choose_relative_attention(kernels.attention),
+            attention=choose_relative_attention(kernels.attention, head_dim=architecture.head_dim),
             scale=architecture.head_dim**-0.5 if architecture.attention_scaling else 1.0,
             recompute=recompute.granularity == "selective",
         )

@@ -94,11 +94,8 @@ class Layout:
 
 def attention_of(config: RunConfig) -> AttentionKind:
     """Say what `kernels.attention` means for memory and time on a GPU; `choose_packed_attention` chooses the same."""
-    wish = config.kernels.attention
-    if wish == "auto":
-        wish = "sdpa" if config.precision == "fp32" else "reference"
-    kinds: dict[str, AttentionKind] = {"reference": "reference", "sdpa": "sdpa", "segments": "fused"}
-    return kinds.get(wish, "fused")
+    kinds: dict[str, AttentionKind] = {"reference": "reference", "sdpa": "sdpa"}
+    return kinds.get(config.kernels.attention, "fused")
 
 
 def check_batch(*, global_batch_size: int, micro_batch_size: int, dp: int) -> None:
