@@ -2,7 +2,7 @@
 #
 #   make quickstart   set up, then the whole path on embedded multilingual data (three minutes on two idle cores)
 #   make test         set up, then lint, types and all tests (under fourteen minutes on two cores)
-#   make drill        the slow tests
+#   make drill        the fault drill with its table (docs/reliability.md), then the other slow tests
 #   make format       rewrite the sources in the house format
 #
 #   PYTHON=python3.11     interpreter of the environment (3.10 or newer)
@@ -57,7 +57,8 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow"
 
 drill: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m tests.faults.drill; drill=$$?; \
+	$(BIN)/python -m pytest -m slow --ignore=tests/faults && exit $$drill
 
 format: setup
 	$(BIN)/python -m ruff check --fix .
