@@ -21,6 +21,8 @@ from tests.checkpoint.test_sharded import read_metrics
 from tests.faults.fault_control import ROOT
 from tests.tiny import write_records
 
+pytestmark = pytest.mark.slow  # half a minute; test_sharded.py and test_resume.py have a limit met in the normal run
+
 UNSHARE = ["unshare", "--mount", "--map-root-user"]
 STEPS = 6
 
