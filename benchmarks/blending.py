@@ -51,6 +51,10 @@ class LengthsOnly:
     def __len__(self) -> int:
         return len(self.target_lengths)
 
+    def occurrence_lengths(self, examples: np.ndarray, occurrences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the same lengths wherever an example stands."""
+        return self.input_lengths[examples].astype(np.int64), self.target_lengths[examples].astype(np.int64)
+
 
 def draw_weights(num_datasets: int) -> np.ndarray:
     """Draw shares with a long tail (Pareto, exponent 1), float64 [datasets], sum 1."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_xmtf.data.dataset_columns import read_column
 from megatron_xmtf.data.dataset_manifest import (
@@ -139,6 +140,15 @@ class ExampleDataset:
     def input_lengths(self) -> np.ndarray:
         """Tokens of the inputs, int32 [examples]; zeros for kind "text"."""
         return np.zeros(len(self), np.int32) if self._inputs is None else self._inputs.lengths
+
+    def occurrence_lengths(
+        self, examples: NDArray[np.integer], occurrences: NDArray[np.integer]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the tokens of inputs and targets of examples at places of a packing index, int64 [n] each.
+
+        Their sums are those of `input_lengths` and `target_lengths`; here the parts are as well, wherever they stand.
+        """
+        return self.input_lengths[examples].astype(np.int64), self.target_lengths[examples].astype(np.int64)
 
     @property
     def halves(self) -> dict[str, IndexedDataset]:

@@ -80,15 +80,23 @@ class FittingExamples:
 
 
 def segment_tokens(
-    dataset: ExampleDataset, examples: NDArray[np.integer] | slice, *, lengths: RowLengths
+    dataset: ExampleDataset,
+    examples: NDArray[np.integer],
+    *,
+    lengths: RowLengths,
+    places: NDArray[np.integer] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the tokens that examples have in a row, where they have been found to fit, and their predicted targets.
 
-    Args:    examples: numbers of examples, or a slice of them.
+    Args:    examples: numbers of examples. places: where they stand in the packing index; without, targets that are cut
+             elsewhere at each place (`ObjectiveRule.cut_moves`) are those of one of them.
     Returns: (tokens of both inputs and targets, after truncation; labels that the loss is taken over), int64 [n].
     """
-    inputs = np.asarray(dataset.input_lengths[examples], np.int64)
-    targets = np.asarray(dataset.target_lengths[examples], np.int64)
+    if places is None:
+        inputs = np.asarray(dataset.input_lengths[examples], np.int64)
+        targets = np.asarray(dataset.target_lengths[examples], np.int64)
+    else:
+        inputs, targets = dataset.occurrence_lengths(examples, places)
     if isinstance(lengths, EncoderDecoderLengths):
         on_encoder = np.minimum(inputs + encoder_ends(dataset, lengths), lengths.encoder_length)
         return on_encoder + targets, targets

@@ -43,7 +43,7 @@ def dataset_statistics(
         for number, part in zip(found.tolist(), np.split(order, first[1:]), strict=True):
             ids = drawn[part]
             seen[number][ids] = True
-            tokens, predicted = segment_tokens(datasets[number], ids, lengths=row_lengths)
+            tokens, predicted = segment_tokens(datasets[number], ids, lengths=row_lengths, places=part + begin)
             counts[0, number] += len(ids)
             counts[1, number] += int(tokens.sum())
             counts[2, number] += int(predicted.sum())

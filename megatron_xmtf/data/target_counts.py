@@ -25,6 +25,8 @@ def count_target_tokens(rows: IndexedRows, first: int, *, count: int) -> NDArray
     dataset_ids, example_ids = np.asarray(index.dataset_ids[segments]), np.asarray(index.example_ids[segments])
     counts = np.zeros(len(rows.datasets), np.int64)
     for number in np.unique(dataset_ids).tolist():
-        dataset, examples = rows.datasets[number], example_ids[dataset_ids == number].astype(np.int64)
-        counts[number] = segment_tokens(dataset, examples, lengths=index.row_lengths)[1].sum()
+        own = np.flatnonzero(dataset_ids == number)
+        examples, places = example_ids[own].astype(np.int64), own + segments.start
+        tokens = segment_tokens(rows.datasets[number], examples, lengths=index.row_lengths, places=places)
+        counts[number] = tokens[1].sum()
     return counts

@@ -171,9 +171,11 @@ def _show_segment(
         "columns": example_columns(dataset, example),
         "ids": ids,
         "num_inputs": num_inputs,
+        # Targets are whole, and where they begin may be this row's own (`ObjectiveRule.cut_moves`).
         "cut_inputs": int(dataset.input_lengths[example])
+        + int(dataset.target_lengths[example])
         + (encoder_ends(dataset, cut_at) if isinstance(cut_at, EncoderDecoderLengths) else 0)
-        - num_inputs,
+        - len(ids),
         "loss_weights": own_weights,
         "text": None if pieces is None else [piece.text for piece in pieces],
     }

@@ -31,6 +31,9 @@ class MemoryDataset:
     def example(self, number, *, occurrence):
         return self[number]
 
+    def occurrence_lengths(self, examples, occurrences):
+        return self.input_lengths[examples].astype(np.int64), self.target_lengths[examples].astype(np.int64)
+
     @property
     def places(self):
         return np.arange(len(self), dtype=np.uint64)

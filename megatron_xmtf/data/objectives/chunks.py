@@ -48,12 +48,16 @@ class Chunks:
 
     def lengths(self, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Return (tokens, is_end) of the chunks begin..end-1."""
+        return self.lengths_of(np.arange(begin, end))
+
+    def lengths_of(self, chunks: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return (tokens, is_end) of some chunks."""
         if self._first is None:
-            lengths = self.document_lengths[begin:end].astype(np.int64)
+            lengths = self.document_lengths[chunks].astype(np.int64)
             return lengths, np.ones(len(lengths), np.bool_)
-        documents = self.documents[begin:end]
+        documents = self.documents[chunks]
         parts = self._first[documents + 1] - self._first[documents]
-        number = np.arange(begin, end) - self._first[documents]
+        number = chunks - self._first[documents]
         rest = self.document_lengths[documents] - (parts - 1) * self.chunk_length
         gives_one = (rest == 1) & (parts > 1)
         is_end = number == parts - 1

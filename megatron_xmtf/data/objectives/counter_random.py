@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from megatron_xmtf.data.selection import scramble
 
-__all__ = ["chunk_key", "chunk_keys", "key_of", "occurrence_key", "random_bits", "uniforms"]
+__all__ = ["chunk_key", "chunk_keys", "key_of", "occurrence_key", "occurrence_keys", "random_bits", "uniforms"]
 
 GOLDEN = 0x9E3779B97F4A7C15
 MASK = 2**64 - 1
@@ -49,6 +49,11 @@ def chunk_key(number: int, *, key: int) -> int:
 def occurrence_key(chunk_key: int, occurrence: int) -> int:
     """Return the key of one occurrence of a chunk."""
     return _scrambled(_scrambled(occurrence, seed=2) ^ chunk_key, seed=3)
+
+
+def occurrence_keys(chunk_keys: NDArray[np.uint64], occurrences: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return the keys of occurrences, uint64 [n], as `occurrence_key` does one by one."""
+    return scramble(scramble(occurrences, seed=2) ^ chunk_keys, seed=3)
 
 
 def _scrambled(value: int, *, seed: int) -> int:

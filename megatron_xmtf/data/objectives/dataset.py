@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xmtf.config.objective import ObjectiveConfig
-from megatron_xmtf.config.row_lengths import RowLengths
+from megatron_xmtf.config.row_lengths import EncoderDecoderLengths, RowLengths
 from megatron_xmtf.data.example_dataset import ExampleDataset
 from megatron_xmtf.data.indexed_dataset import IndexedDataset
 from megatron_xmtf.data.objectives.chunks import Chunks
-from megatron_xmtf.data.objectives.counter_random import chunk_key, chunk_keys, key_of, occurrence_key
+from megatron_xmtf.data.objectives.counter_random import chunk_key, chunk_keys, key_of, occurrence_key, occurrence_keys
 from megatron_xmtf.data.objectives.resolve import build_rule, choose_chunk_length
 from megatron_xmtf.data.objectives.rule import Example
 from megatron_xmtf.data.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ __all__ = ["ObjectiveCounts", "ObjectiveDataset"]
 BLOCK = 1 << 20
 """Chunks or documents looked at at a time."""
 FIRST_OCCURRENCE = 0
-OBJECTIVES_VERSION = 1
+OBJECTIVES_VERSION = 2
 """Part of the key of every index with an objective: raised by any change that makes other examples of the same data."""
 
 
@@ -73,7 +73,7 @@ class ObjectiveDataset(ExampleDataset):
         # The files are the source's: nothing is opened here.
         self.prefix, self.name, self.kind, self.manifest = source.prefix, source.name, "pairs", source.manifest
         self.source, self.objective = source, objective
-        self.rule = build_rule(objective, tokenizer)
+        self.rule = build_rule(objective, tokenizer, cut_moves=not isinstance(lengths, EncoderDecoderLengths))
         (self._file,) = source.halves.values()
         has_eos = _ends_with_eos(source, self._file, eos_id=tokenizer.eos_id)
         self.chunks = Chunks(
@@ -105,18 +105,33 @@ class ObjectiveDataset(ExampleDataset):
         for begin in range(0, len(self), BLOCK):
             end = min(begin + BLOCK, len(self))
             tokens, is_end = self.chunks.lengths(begin, end)
-            keys = chunk_keys(np.arange(begin, end, dtype=np.uint64), key=self._key)
+            keys = self._keys(np.arange(begin, end, dtype=np.uint64), np.uint64(FIRST_OCCURRENCE))
             inputs[begin:end], targets[begin:end] = self.rule.lengths(tokens, is_end=is_end, keys=keys)
         return inputs, targets
 
+    def _keys(self, chunks: NDArray[np.uint64], occurrences: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
+        """Return what decides the lengths of occurrences of chunks, uint64 [n]."""
+        keys = chunk_keys(chunks, key=self._key)
+        return occurrence_keys(keys, np.asarray(occurrences)) if self.rule.cut_moves else keys
+
+    def occurrence_lengths(
+        self, examples: NDArray[np.integer], occurrences: NDArray[np.integer]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the tokens of inputs and targets of some occurrences; see `ExampleDataset.occurrence_lengths`."""
+        if not self.rule.cut_moves:
+            return super().occurrence_lengths(examples, occurrences)
+        tokens, is_end = self.chunks.lengths_of(np.asarray(examples, np.int64))
+        keys = self._keys(np.asarray(examples, np.uint64), np.asarray(occurrences, np.uint64))
+        return self.rule.lengths(tokens, is_end=is_end, keys=keys)
+
     @property
     def input_lengths(self) -> NDArray[np.int32]:
-        """Tokens of the inputs, int32 [examples]."""
+        """Tokens of the inputs, int32 [examples]; where the cut moves, those of the first occurrence."""
         return self._lengths[0]
 
     @property
     def target_lengths(self) -> NDArray[np.int32]:
-        """Tokens of the targets, int32 [examples]; 0 where a chunk is too short to make an example."""
+        """Tokens of the targets, int32 [examples], as `input_lengths`; 0 where a chunk is too short for an example."""
         return self._lengths[1]
 
     @property

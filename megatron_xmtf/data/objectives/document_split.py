@@ -7,11 +7,13 @@
                targets  dark  and  stormy  night  .  EOS
 
 Inputs have no EOS, since the text goes on; targets have it where the document ends, not where a long one is cut into
-chunks. The place of the cut decides both lengths, so it must be known to packing: it follows from the chunk alone and
-is the same at every occurrence. A chunk of one token cannot be cut and makes no example.
+chunks. A chunk of one token cannot be cut and makes no example.
+
+    rows of one line     cut_moves: each occurrence is cut at a place of its own, since a row holds the sum of both
+    rows of two sides    each length must be known to packing: the cut follows from the chunk, the same in every epoch
 
 A decoder-only model reads the targets of either causally. Under prefix-LM the inputs may see one another in both
-directions; the data say which they are (`Row.is_target`), the attention mask is the model's.
+directions (`batch.prefix_lm`).
 
 Source:  causal: Soltan et al. 2022 (arXiv 2208.01448), section 2, "20 % to 80 % (uniformly)". prefix_lm: t5.data.
          preprocessors `random_prefix_noise_mask`, a length from 1 to n - 1.
@@ -54,6 +56,8 @@ class DocumentSplit:
     maximum_inputs: float
     prefix: tuple[int, ...]
     eos_id: int
+    cut_moves: bool = False
+    """Whether the cut follows from the occurrence, not from the chunk."""
 
     @property
     def ends_inputs(self) -> bool:
@@ -78,7 +82,8 @@ class DocumentSplit:
 
     def example(self, tokens: NDArray[np.int32], *, is_end: bool, chunk_key: int, noise_key: int) -> Example:
         """Cut the chunk in two."""
-        cut = int(self.cuts(np.array([len(tokens)], np.int64), np.array([chunk_key], np.uint64))[0])
+        key = np.array([noise_key if self.cut_moves else chunk_key], np.uint64)
+        cut = int(self.cuts(np.array([len(tokens)], np.int64), key)[0])
         end = np.array([self.eos_id] if is_end else [], np.int32)
         return np.concatenate([np.array(self.prefix, np.int32), tokens[:cut]]), np.concatenate([tokens[cut:], end])
 
@@ -90,4 +95,5 @@ class DocumentSplit:
             "maximum_inputs": self.maximum_inputs,
             "prefix": list(self.prefix),
             "eos_id": self.eos_id,
+            "cut_moves": self.cut_moves,
         }

@@ -30,15 +30,16 @@ SHORTEST_CHUNK = 3
 """Below, a chunk could not give a rest of one token another."""
 
 
-def build_rule(objective: ObjectiveConfig, tokenizer: Tokenizer) -> ObjectiveRule:
+def build_rule(objective: ObjectiveConfig, tokenizer: Tokenizer, *, cut_moves: bool = False) -> ObjectiveRule:
     """Find an objective's special tokens in a vocabulary.
 
+    Args:    cut_moves: whether causal and prefix-LM may cut each occurrence elsewhere: in rows of one line.
     Raises:  TokenizerError: the vocabulary has no such token, or no sentinels.
     """
     prefix, eos_id = _prefix(objective, tokenizer), tokenizer.eos_id
     if objective.name in ("causal", "prefix_lm"):
         assert objective.minimum_inputs is not None and objective.maximum_inputs is not None, "filled in by the schema"
-        return DocumentSplit(objective.minimum_inputs, objective.maximum_inputs, prefix, eos_id)
+        return DocumentSplit(objective.minimum_inputs, objective.maximum_inputs, prefix, eos_id, cut_moves)
     assert objective.noise_density is not None and objective.mean_span_length is not None, "filled in by the schema"
     if objective.name == "alexatm_denoising":
         return AlexaTMDenoising(objective.noise_density, objective.mean_span_length, prefix, eos_id)

@@ -20,8 +20,13 @@ MostTokens = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 class ObjectiveRule(Protocol):
     """An objective with its special tokens found in a vocabulary.
 
-    Invariant: `example` has the lengths that `lengths` says, for any noise key.
+    Invariant: `example` has the lengths that `lengths` says, for any noise key; where the cut moves, those that it says
+    for this noise key, and the sum is the same for any.
     """
+
+    @property
+    def cut_moves(self) -> bool:
+        """Whether each occurrence of a chunk is cut into inputs and targets at a place of its own."""
 
     @property
     def ends_inputs(self) -> bool:
@@ -31,7 +36,7 @@ class ObjectiveRule(Protocol):
         """Return the lengths of examples; 0 and 0 for a chunk that is too short to make one.
 
         Args:    tokens: [chunks], their lengths. is_end: [chunks], whether the document ends with the chunk.
-                 keys: [chunks], of `counter_random`, the same at every occurrence.
+                 keys: [chunks], of `counter_random`: of the chunks, where the cut moves of their occurrences.
         """
 
     def most(self, tokens: NDArray[np.int64]) -> MostTokens:

@@ -56,6 +56,11 @@ class SpanCorruption:
     eos_id: int
 
     @property
+    def cut_moves(self) -> bool:
+        """The lengths follow from the chunk's, whatever the noise."""
+        return False
+
+    @property
     def ends_inputs(self) -> bool:
         """Inputs end with EOS, as targets do."""
         return True

@@ -163,7 +163,9 @@ def test_rows_are_the_same_bytes_for_whoever_reads_them_and_noise_differs_by_epo
     assert {dataset for dataset, _ in repeated} == {0, 1, 2, 3}
     long_enough = [values for (dataset, _), values in repeated.items() if dataset == 0 and len(values[0]) > 15]
     assert long_enough and all(len(set(values)) > len(values) / 2 for values in long_enough), "other noise each time"
-    assert all(len(set(values)) == 1 for (dataset, _), values in repeated.items() if dataset in (1, 3))
+    cuts = [values for (dataset, _), values in repeated.items() if dataset == 1 and max(map(len, values)) > 15]
+    assert cuts and all(len(set(values)) > len(values) / 2 for values in cuts), "cut elsewhere each time"
+    assert all(len(set(values)) == 1 for (dataset, _), values in repeated.items() if dataset == 3)
 
 
 @pytest.mark.parametrize("encoder_eos", [True, False])
@@ -185,6 +187,9 @@ def test_two_sided_rows_hold_every_chunk_with_eos_where_it_belongs(place, encode
             targets = row.targets[row.decoder_segment_ids == segment].tolist()
             ends = encoder_eos or dataset in (0, 2)  # noise always ends its inputs, a cut and a prompt as the rows do
             assert inputs.count(EOS) == int(ends) and (inputs[-1] == EOS) == ends
+            if dataset == 1:  # both sides' lengths were packed, so that the cut is that of any other place
+                again = datasets[1].example(example, occurrence=10**9)
+                assert [part.tolist() for part in again] == [inputs[: -1 if ends else None], targets]
             if dataset == 0:
                 document, first, length, _ = datasets[0].chunks.locate(example)
                 assert targets == [*texts[document][first : first + length], EOS]
@@ -201,15 +206,20 @@ def test_shares_are_the_weights_and_counts_are_those_of_the_batches(place):
     rows = packed(place, rows=120)
     shares = [part["share"] for part in rows.index.statistics["components"]]
     assert shares == pytest.approx([0.5, 0.125, 0.125, 0.25], abs=0.02)
-    counts = count_target_tokens(rows, 0, count=8)
+    assert count_target_tokens(rows, 64, count=8).tolist() == target_tokens_read(rows, range(64, 72))
+    everything = [entry["target_tokens"] for entry in rows.index.statistics["datasets"]]
+    assert everything == target_tokens_read(rows, range(120))
+
+
+def target_tokens_read(rows, numbers):
     found = np.zeros(4, np.int64)
-    for number in range(8):
+    for number in numbers:
         row = rows[number]
         batch = build_batch([row], normalization="target_token")
         of_segment = np.concatenate([[0], row.dataset_ids]).astype(int)
         predicted = batch.loss_weights[0].numpy() > 0
         found += np.bincount(of_segment[batch.segment_ids[0].numpy()[predicted]], minlength=4)
-    assert counts.tolist() == found.tolist()
+    return found.tolist()
 
 
 def test_index_key_follows_objectives_and_nothing_else(place):

@@ -10,7 +10,7 @@ from megatron_xmtf.config.objective import ObjectiveConfig
 from megatron_xmtf.config.row_lengths import EncoderDecoderLengths
 from megatron_xmtf.data.objectives.alexatm_denoising import AlexaTMDenoising
 from megatron_xmtf.data.objectives.chunks import Chunks
-from megatron_xmtf.data.objectives.counter_random import chunk_keys, key_of, occurrence_key
+from megatron_xmtf.data.objectives.counter_random import chunk_keys, key_of, occurrence_key, occurrence_keys
 from megatron_xmtf.data.objectives.document_split import DocumentSplit, cut_range
 from megatron_xmtf.data.objectives.resolve import build_rule, choose_chunk_length
 from megatron_xmtf.data.objectives.span_corruption import SpanCorruption, with_sentinels
@@ -26,6 +26,7 @@ RULES = {
     "span_corruption, half": SpanCorruption(0.5, 3.0, tuple(range(9999, 8999, -1)), (50, 51), EOS),
     "causal": DocumentSplit(0.2, 0.8, (CLM,), EOS),
     "prefix_lm": DocumentSplit(0.0, 1.0, (), EOS),
+    "causal, moving": DocumentSplit(0.2, 0.8, (CLM,), EOS, cut_moves=True),
 }
 
 
@@ -59,14 +60,19 @@ def test_lengths_are_those_of_the_examples(name):
     tokens = np.concatenate([np.arange(2, 60), generator.integers(2, 600, 1000)])
     is_end = generator.random(len(tokens)) < 0.5
     keys = chunk_keys(np.arange(len(tokens), dtype=np.uint64), key=key_of("test"))
-    inputs, targets = rule.lengths(tokens, is_end=is_end, keys=keys)
     most_inputs, most_targets, most = rule.most(tokens)
-    for number, length in enumerate(tokens.tolist()):
-        for occurrence in (0, 10**9):
+    cuts, sums = [], []
+    for occurrence in (0, 10**9):
+        own = occurrence_keys(keys, np.full(len(keys), occurrence, np.uint64)) if rule.cut_moves else keys
+        inputs, targets = rule.lengths(tokens, is_end=is_end, keys=own)
+        for number, length in enumerate(tokens.tolist()):
             made = example(rule, np.arange(length), is_end=is_end[number], number=number, occurrence=occurrence)
             assert (len(made[0]), len(made[1])) == (inputs[number], targets[number]), length
             assert made[0].dtype == made[1].dtype == np.int32
-    assert (inputs <= most_inputs).all() and (targets <= most_targets).all() and (inputs + targets <= most).all()
+        assert (inputs <= most_inputs).all() and (targets <= most_targets).all() and (inputs + targets <= most).all()
+        cuts.append(inputs.tolist())
+        sums.append((inputs + targets).tolist())
+    assert sums[0] == sums[1] and (cuts[0] != cuts[1]) == rule.cut_moves
     short = rule.lengths(np.array([0, 1]), is_end=np.ones(2, np.bool_), keys=keys[:2])
     assert [part.tolist() for part in short] == [[0, 0], [0, 0]]
 
@@ -106,10 +112,14 @@ def test_denoising_leaves_no_trace_and_targets_are_the_text():
     assert dropped_share == pytest.approx([0.15] * 300)
 
 
+@pytest.mark.parametrize("over", ["documents", "occurrences of one document"])
 @pytest.mark.parametrize(("name", "low", "high"), [("causal", 0.2, 0.8), ("prefix_lm", 0.0, 1.0)])
-def test_cuts_are_uniform(name, low, high):
+def test_cuts_are_uniform(name, low, high, over):
     rule, length, draws = RULES[name], 50, 40000
-    keys = chunk_keys(np.arange(draws, dtype=np.uint64), key=key_of("cuts"))
+    numbers = np.arange(draws, dtype=np.uint64)
+    keys = chunk_keys(numbers, key=key_of("cuts"))
+    if over != "documents":
+        keys = occurrence_keys(np.full(draws, keys[7]), numbers)
     cuts = Counter(rule.cuts(np.full(draws, length), keys).tolist())
     places = range(max(1, round(low * length)), min(length - 1, round(high * length)) + 1)
     assert set(cuts) == set(places)
@@ -130,7 +140,7 @@ def test_causal_example_by_hand():
     assert (least.tolist(), most.tolist()) == ([1, 1, 1, 3, 4], [1, 2, 4, 12, 16])
 
 
-def test_noise_differs_between_occurrences_and_the_cut_does_not():
+def test_noise_differs_between_occurrences_and_the_cut_where_it_moves():
     tokens = np.arange(100, 200)
     for name in ("alexatm_denoising", "span_corruption"):
         made = {tuple(example(RULES[name], tokens, occurrence=place)[0].tolist()) for place in range(20)}
@@ -140,6 +150,12 @@ def test_noise_differs_between_occurrences_and_the_cut_does_not():
     for name in ("causal", "prefix_lm"):
         assert len({tuple(example(RULES[name], tokens, occurrence=place)[0].tolist()) for place in range(20)}) == 1
         assert len({len(example(RULES[name], tokens, number=number)[0]) for number in range(20)}) > 8
+    moving = [example(RULES["causal, moving"], tokens, occurrence=place) for place in range(20)]
+    assert len({len(inputs) for inputs, _ in moving}) > 8
+    assert {tuple([*inputs[1:], *targets]) for inputs, targets in moving} == {(*tokens.tolist(), EOS)}
+    keys = [1, 2**63, 2**64 - 1]
+    together = occurrence_keys(np.array(keys, np.uint64), np.array([0, 5, 10**12], np.uint64))
+    assert together.tolist() == [occurrence_key(*pair) for pair in zip(keys, (0, 5, 10**12), strict=True)]
 
 
 def test_chunks_worked_by_hand():
@@ -203,7 +219,7 @@ def test_chosen_chunks_fit_and_one_more_token_does_not(name, lengths, encoder, d
     longest = choose_chunk_length(objective, rule, lengths)
     inputs, targets, together = rule.most(np.arange(2, longest + 2))
     # Rows that end every input with EOS do so for inputs that have none of their own: those of a cut.
-    if encoder == 16 and name in ("causal", "prefix_lm"):
+    if encoder == 16 and not rule.ends_inputs:
         inputs = inputs + 1
     fits = (inputs <= encoder) & (targets <= decoder) & (together <= whole)
     assert fits[:-1].all() and not fits[-1]
