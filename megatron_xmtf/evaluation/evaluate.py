@@ -6,6 +6,7 @@ threads do not survive a fork. Under torchrun or srun this process is a rank alr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,8 @@ __all__ = [
     "generate_checkpoint",
     "generate_huggingface",
 ]
+
+logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -157,7 +160,15 @@ def _generate(
 ) -> list[str]:
     check_vocabulary(tokenizer, backend)
     with Progress("generate", total=len(prompts), unit="prompts", enabled=show_progress) as progress:
-        texts, _ = generate_texts(
+        texts, truncated = generate_texts(
             prompts, backend=backend, tokenizer=tokenizer, max_new_tokens=max_new_tokens, advance=progress.advance
+        )
+    if truncated and show_progress:
+        logger.warning(
+            "%d of %d prompts lost their beginning: with %d new tokens they exceed the %d tokens that the model takes.",
+            len(truncated),
+            len(prompts),
+            max_new_tokens,
+            backend.max_length,
         )
     return texts

@@ -103,7 +103,7 @@ class HuggingFaceBackend:
         eos_id: int,
         advance: Callable[[int], None] = ignore_progress,
     ) -> list[list[int]]:
-        """Continue prompts greedily, padded on the left (see `Backend.generate`)."""
+        """Write answers greedily (see `Backend.generate`)."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         answers: list[list[int]] = [[] for _ in prompts]
         for start in range(0, len(order), PROMPTS_PER_BATCH):
@@ -116,8 +116,13 @@ class HuggingFaceBackend:
         return answers
 
     def _generate_batch(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_id: int) -> list[list[int]]:
-        """Return what follows each prompt, with whatever follows the EOS."""
-        tokens, mask = _pad(prompts, left=True, device=self.model.device)
+        """Return what is written behind each prompt, with whatever follows the EOS.
+
+        A decoder-only model goes on at the right end, so its prompts are padded on the left, and hands them back before
+        what it writes; an encoder-decoder hands back its start token.
+        """
+        two_sided = bool(self.model.config.is_encoder_decoder)
+        tokens, mask = _pad(prompts, left=not two_sided, device=self.model.device)
         with torch.inference_mode():
             output = self.model.generate(
                 input_ids=tokens,
@@ -127,7 +132,7 @@ class HuggingFaceBackend:
                 eos_token_id=eos_id,
                 pad_token_id=eos_id,
             )
-        rows: list[list[int]] = output[:, tokens.size(1) :].tolist()
+        rows: list[list[int]] = output[:, 1 if two_sided else tokens.size(1) :].tolist()
         return rows
 
     def _batches(self, pairs: Sequence[Pair]) -> Iterator[list[int]]:
@@ -172,6 +177,7 @@ class EncoderDecoderBackend(HuggingFaceBackend):
                 "its decoder starts with (T5: the padding, 0)."
             )
         self.decoder_start_id = start_id
+        model.generation_config.decoder_start_token_id = start_id
 
     def _batches(self, pairs: Sequence[Pair]) -> Iterator[list[int]]:
         """Yield positions of pairs, those of the same inputs together, as many at once as the bound allows."""
@@ -210,21 +216,6 @@ class EncoderDecoderBackend(HuggingFaceBackend):
         labels, _ = _pad(targets, left=False, device=device)
         scores = logits.float().log_softmax(-1).gather(-1, labels[:, :, None]).squeeze(-1)  # [pairs, target]
         return [float(score) for score in scores.where(decoder_mask > 0, torch.zeros_like(scores)).sum(dim=1)]
-
-    def _generate_batch(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_id: int) -> list[list[int]]:
-        tokens, mask = _pad(prompts, left=False, device=self.model.device)
-        with torch.inference_mode():
-            output = self.model.generate(
-                input_ids=tokens,
-                attention_mask=mask,
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=eos_id,
-                pad_token_id=eos_id,
-                decoder_start_token_id=self.decoder_start_id,
-            )
-        rows: list[list[int]] = output[:, 1:].tolist()  # without the start token
-        return rows
 
 
 def _pad(rows: Sequence[Sequence[int]], *, left: bool, device: torch.device) -> tuple[Tensor, Tensor]:

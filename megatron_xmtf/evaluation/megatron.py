@@ -12,8 +12,9 @@ Every rank calls the same methods with the same arguments and gets the same answ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
@@ -25,7 +26,18 @@ from megatron_xmtf.data.rows import Row, empty_row, pack_examples
 from megatron_xmtf.evaluation.backend import Pair, ignore_progress, logits_at_once, require_finite
 from megatron_xmtf.models.forward import MicroBatch, device_of, run_forward, run_logits
 
-__all__ = ["BATCHES_PER_RUN", "ROW_MULTIPLE", "ROW_TOKENS", "MegatronBackend", "best_at_end", "sum_of_segments"]
+__all__ = [
+    "BATCHES_PER_RUN",
+    "ROW_MULTIPLE",
+    "ROW_TOKENS",
+    "MegatronBackend",
+    "NextTokens",
+    "best_at_end",
+    "sum_of_segments",
+]
+
+NextTokens = Callable[[Sequence[int]], dict[int, int]]
+"""Positions of prompts whose answers go on -> the most probable next token of each."""
 
 ROW_TOKENS = 256
 """Tokens of a row where no pair is longer: attention's cost per token grows with the row."""
@@ -83,29 +95,40 @@ class MegatronBackend:
         eos_id: int,
         advance: Callable[[int], None] = ignore_progress,
     ) -> list[list[int]]:
-        """Continue prompts greedily; each step reads the whole text again (see `Backend.generate`)."""
+        """Write answers greedily (see `Backend.generate`)."""
         answers: list[list[int]] = [[] for _ in prompts]
-        going = list(range(len(prompts)))
-        for _ in range(max_new_tokens):
-            if not going:
-                break
-            tokens = self._next_tokens([(prompts[i], answers[i]) for i in going])
-            still_going = []
-            for i, token in zip(going, tokens, strict=True):
-                if token != eos_id:
-                    answers[i].append(token)
-                    still_going.append(i)
-            advance(len(going) - len(still_going))
-            going = still_going
-        advance(len(going))
+        for going, next_tokens in self._writers(prompts, answers, max_new_tokens=max_new_tokens):
+            for _ in range(max_new_tokens):
+                if not going:
+                    break
+                tokens = next_tokens(going)
+                still_going = [i for i in going if tokens[i] != eos_id]
+                for i in still_going:
+                    answers[i].append(tokens[i])
+                advance(len(going) - len(still_going))
+                going = still_going
+            advance(len(going))
         return answers
 
-    def _next_tokens(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[int]:
-        """Return the most probable token behind each prompt and what its answer has so far; a row holds one of them."""
-        sequence_length = _round_up(max(len(prompt) + len(answer) for prompt, answer in texts))
-        rows = [_unfinished_row(*text, sequence_length=sequence_length, pad_id=self.pad_id) for text in texts]
+    def _writers(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, max_new_tokens: int
+    ) -> Iterator[tuple[list[int], NextTokens]]:
+        """Yield (positions of prompts, what finds their next tokens): all at once, the whole text read again each step.
+
+        Args:  answers: of each prompt, as they grow. max_new_tokens: the longest that they become.
+        """
+        yield list(range(len(prompts))), partial(self._next_tokens, prompts, answers)
+
+    def _next_tokens(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], going: Sequence[int]
+    ) -> dict[int, int]:
+        """Return the most probable token behind each answer that goes on; a row holds one prompt and its answer."""
+        sequence_length = _round_up(max(len(prompts[i]) + len(answers[i]) for i in going))
+        rows = [
+            _unfinished_row(prompts[i], answers[i], sequence_length=sequence_length, pad_id=self.pad_id) for i in going
+        ]
         found = run_logits(self.chunks, self._batches(rows, sequence_length), best_at_end)
-        return [token for tokens in found for token in tokens]
+        return dict(zip(going, (token for tokens in found for token in tokens), strict=True))
 
     def _batches(self, rows: Sequence[Row], sequence_length: int) -> list[Batch]:
         """Deal rows to micro-batches of one size, the last completed with empty rows."""

@@ -12,7 +12,8 @@ Every rank calls the same methods with the same arguments and gets the same answ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
@@ -26,6 +27,7 @@ from megatron_xmtf.evaluation.megatron import (
     ROW_MULTIPLE,
     ROW_TOKENS,
     MegatronBackend,
+    NextTokens,
     best_at_end,
     sum_of_segments,
 )
@@ -92,54 +94,44 @@ class EncoderDecoderMegatronBackend(MegatronBackend):
                 advance(sum(position >= 0 for position, _ in found))
         return require_finite(scores)
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        eos_id: int,
-        advance: Callable[[int], None] = ignore_progress,
-    ) -> list[list[int]]:
-        """Answer prompts greedily; each is encoded once (see `Backend.generate`)."""
-        answers: list[list[int]] = [[] for _ in prompts]
-        going = set(range(len(prompts)))
-        order = sorted(going, key=lambda i: -len(prompts[i]))
-        rows = [[i] for i in order]
+    def _writers(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, max_new_tokens: int
+    ) -> Iterator[tuple[list[int], NextTokens]]:
+        """Yield runs of prompts, the longest first; each prompt is encoded once (see `MegatronBackend`)."""
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         decoder_most = _round_up(max_new_tokens, self._decoder_multiple())
         longest = max([len(prompt) for prompt in prompts], default=1)
-        for run in self._runs_of_rows(rows, tokens=_round_up(longest, ROW_MULTIPLE) + decoder_most):
-            cached = cache_encoder(self.chunks)
-            encoder_length = _round_up(
-                max(len(prompts[i]) for batch in run for row in batch for i in row), ROW_MULTIPLE
+        for run in self._runs_of_rows([[i] for i in order], tokens=_round_up(longest, ROW_MULTIPLE) + decoder_most):
+            yield (
+                [i for batch in run for row in batch for i in row],
+                partial(self._next_tokens_of_run, cache_encoder(self.chunks), run, prompts, answers),
             )
-            for step in range(max_new_tokens):
-                places = self._rounds(run, going)
-                if not places:
-                    break
-                batches = [
-                    self._batch(
-                        # One more token than the answer has: its place is where the next one is predicted.
-                        [([(prompts[i], [*answers[i], self.pad_id]) for i in row], row) for row in batch],
-                        place=place,
-                        is_first=step == 0,
-                        encoder_length=encoder_length,
-                        decoder_length=_round_up(step + 1, self._decoder_multiple()),
-                    )
-                    for place, batch in places
-                ]
-                tokens = [token for found in run_logits(cached, batches, best_at_end) for token in found]
-                asked = [i for _, batch in places for row in batch for i in row]
-                before = len(going)
-                for i, token in zip(asked, tokens, strict=True):
-                    if i in going and token != eos_id:
-                        answers[i].append(token)
-                    else:
-                        going.discard(i)
-                advance(before - len(going))
-            left = {i for batch in run for row in batch for i in row} & going
-            going -= left
-            advance(len(left))
-        return answers
+
+    def _next_tokens_of_run(
+        self,
+        cached: Sequence[torch.nn.Module],
+        run: list[list[list[int]]],
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        going: Sequence[int],
+    ) -> dict[int, int]:
+        """Return the most probable token behind each answer that goes on; all of these are equally long."""
+        step = len(answers[going[0]])
+        longest = max(len(prompts[i]) for batch in run for row in batch for i in row)
+        places = self._rounds(run, set(going))
+        batches = [
+            self._batch(
+                # One more token than the answer has: its place is where the next one is predicted.
+                [([(prompts[i], [*answers[i], self.pad_id]) for i in row], row) for row in batch],
+                place=place,
+                is_first=step == 0,
+                encoder_length=_round_up(longest, ROW_MULTIPLE),
+                decoder_length=_round_up(step + 1, self._decoder_multiple()),
+            )
+            for place, batch in places
+        ]
+        tokens = [token for found in run_logits(cached, batches, best_at_end) for token in found]
+        return dict(zip((i for _, batch in places for row in batch for i in row), tokens, strict=True))
 
     def _row_lengths(self, lengths: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """Return the tokens of a row on either side, so that both sides of the rows fill about evenly."""

@@ -12,6 +12,7 @@ from megatron_xmtf.cli import main
 from megatron_xmtf.data.tokenizer import Tokenizer
 from megatron_xmtf.errors import TokenizerError
 from megatron_xmtf.evaluation.ask import check_vocabulary, evaluate_tasks
+from megatron_xmtf.evaluation.evaluate import _generate
 from megatron_xmtf.evaluation.huggingface import HuggingFaceBackend
 from megatron_xmtf.evaluation.tasks import load_tasks
 
@@ -102,6 +103,16 @@ def test_generate_verb(tiny_hf: Path, tiny_mt5_hf: Path, capsys: pytest.CaptureF
         first, second = ("\n        ".join(answer["text"].strip().splitlines()) for answer in answers)
         expected = f"prompt  Monday\ntext    {first}\n\nprompt  lundi\n        mardi\ntext    {second}\n"
         assert capsys.readouterr().out == expected
+
+
+def test_a_prompt_that_loses_its_beginning_is_told(tiny_hf: Path, caplog: pytest.LogCaptureFixture) -> None:
+    backend = HuggingFaceBackend.load(tiny_hf)
+    backend.max_length = 8
+    arguments = {"backend": backend, "tokenizer": Tokenizer.load(tiny_hf), "show_progress": True}
+    _generate(["abc", "abcd"], 4, **arguments)  # a byte is a token
+    assert not caplog.messages
+    _generate(["abc", "abcde"], 4, **arguments)
+    assert "1 of 2 prompts lost their beginning: with 4 new tokens they exceed the 8 tokens" in caplog.text
 
 
 def test_prompts_and_texts_are_told_apart() -> None:
