@@ -233,6 +233,7 @@ def examine_kernels() -> dict[str, dict[str, str]]:
     import torch
 
     from megatron_xmtf.kernels.adam import choose_adam
+    from megatron_xmtf.kernels.head_loss import choose_head_loss
     from megatron_xmtf.kernels.packed_attention import choose_packed_attention
     from megatron_xmtf.kernels.relative_attention import choose_relative_attention
     from megatron_xmtf.kernels.weight_gradient import choose_weight_gradient
@@ -243,10 +244,12 @@ def examine_kernels() -> dict[str, dict[str, str]]:
         "fp32": choose_packed_attention("auto", precision="fp32"),
         "bf16": choose_packed_attention("auto", precision="bf16"),
     }
+    head = choose_head_loss("auto").__module__.rsplit(".", 1)[-1]
     relative = choose_relative_attention("auto").name
     return {
         "packed attention": {precision: attention.name for precision, attention in chosen.items()},
         "attention of encoder and decoder": {"fp32": relative, "bf16": relative},
+        "head and loss": {"fp32": head, "bf16": head},
         # Main parameters are fp32 whatever the precision.
         "adam": {"fp32": adam},
         "weight gradients": {"fp32": choose_weight_gradient("auto", has_cuda=has_cuda)},

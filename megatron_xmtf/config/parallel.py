@@ -186,6 +186,8 @@ class KernelsConfig(Section):
     attention: Literal["auto", "reference", "sdpa", "segments", "fused"] = "auto"
     """Attention within the segments of packed rows. auto: on a CPU segments; on a GPU fused, our Triton kernels, or where
     Triton cannot run sdpa (decoder models in fp32) and reference."""
+    head_loss: Literal["auto", "chunked", "fused"] = "auto"
+    """Loss over the vocabulary. auto: on a GPU fused, where Triton can run; else chunked, plain torch."""
     adam: Literal["auto", "torch", "transformer_engine", "apex"] = "auto"
     """Whose fused AdamW. auto: on a GPU the first that can be imported of Transformer Engine and NVIDIA's apex, else
     torch. The checkpoints are the same."""

@@ -31,6 +31,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from megatron_xmtf.kernels.head_loss import HeadLoss
 from megatron_xmtf.kernels.packed_attention import PackedAttention
 from megatron_xmtf.kernels.packed_attention.reference import alibi_slopes
 from megatron_xmtf.models.architecture import BloomArchitecture
@@ -76,7 +77,7 @@ class BloomEmbedding(MegatronModule):
 class BloomModel(LanguageModule):
     """One pipeline stage (or virtual chunk) of a BLOOM.
 
-    Args:  config: Megatron-Core's. architecture: the whole model. attention: the chosen kernel.
+    Args:  config: Megatron-Core's. architecture: the whole model. attention, head_loss: the chosen kernels.
            pre_process: this chunk embeds. post_process: this chunk computes logits and losses.
            vp_stage: number of this chunk on its rank, None without a virtual pipeline.
     """
@@ -87,6 +88,7 @@ class BloomModel(LanguageModule):
         architecture: BloomArchitecture,
         *,
         attention: PackedAttention,
+        head_loss: HeadLoss,
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
@@ -108,7 +110,7 @@ class BloomModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
-            self.output_layer = VocabularyHead(config, architecture, has_weight=not pre_process)
+            self.output_layer = VocabularyHead(config, architecture, has_weight=not pre_process, head_loss=head_loss)
         self.setup_embeddings_and_output_layer()
 
     def _local_slopes(self) -> Tensor:

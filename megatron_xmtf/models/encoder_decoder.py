@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_xmtf.config.schema import RecomputeConfig
+from megatron_xmtf.kernels.head_loss import HeadLoss
 from megatron_xmtf.models.encoder_decoder_architecture import EncoderDecoderArchitecture
 from megatron_xmtf.models.encoder_decoder_layers import AttentionSettings, TokenEmbedding
 from megatron_xmtf.models.encoder_decoder_stack import LayerRunner, Stack
@@ -38,8 +39,8 @@ __all__ = ["EncoderDecoderModel"]
 class EncoderDecoderModel(LanguageModule):
     """One pipeline stage (or virtual chunk) of an encoder-decoder.
 
-    Args:  config: Megatron-Core's. architecture: the whole model. settings: of attention. place: which part this is.
-           recompute: which layers are computed again in the backward pass.
+    Args:  config: Megatron-Core's. architecture: the whole model. settings: of attention. head_loss: the chosen kernel.
+           place: which part this is. recompute: which layers are computed again in the backward pass.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class EncoderDecoderModel(LanguageModule):
         architecture: EncoderDecoderArchitecture,
         *,
         settings: AttentionSettings,
+        head_loss: HeadLoss,
         place: ChunkPlace,
         recompute: RecomputeConfig,
     ) -> None:
@@ -83,7 +85,7 @@ class EncoderDecoderModel(LanguageModule):
         )
         if place.post_process:
             has_weight = not (architecture.tied_head and place.pre_process)
-            self.output_layer = VocabularyHead(config, architecture, has_weight=has_weight)
+            self.output_layer = VocabularyHead(config, architecture, has_weight=has_weight, head_loss=head_loss)
         self._mark_tied_head()
 
     def set_input_tensor(self, input_tensor: Any) -> None:

@@ -15,7 +15,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_xmtf.kernels.head_loss import VocabularyShard, head_loss
+from megatron_xmtf.kernels.head_loss import HeadLoss, VocabularyShard
 from megatron_xmtf.models.architecture import Architecture
 
 __all__ = ["VocabularyHead"]
@@ -29,9 +29,12 @@ class VocabularyHead(tensor_parallel.ColumnParallelLinear):
     """Megatron-Core's column-parallel layer, with a loss; a module, so that its weight is awaited before it is used.
 
     Args:  architecture: whose vocabulary it is. has_weight: False where the embedding's own is given to each call.
+           head_loss: the chosen kernel.
     """
 
-    def __init__(self, config: TransformerConfig, architecture: Architecture, *, has_weight: bool) -> None:
+    def __init__(
+        self, config: TransformerConfig, architecture: Architecture, *, has_weight: bool, head_loss: HeadLoss
+    ) -> None:
         super().__init__(
             config.hidden_size,
             architecture.padded_vocab_size,
@@ -42,6 +45,7 @@ class VocabularyHead(tensor_parallel.ColumnParallelLinear):
             gather_output=False,
             skip_weight_param_allocation=not has_weight,
         )
+        self.head_loss = head_loss
         first = self.tp_group.rank() * self.output_size_per_partition
         count = max(0, min(self.output_size_per_partition, architecture.vocab_size - first))
         self.shard = VocabularyShard(
@@ -71,7 +75,7 @@ class VocabularyHead(tensor_parallel.ColumnParallelLinear):
         chosen, chosen_labels = hidden.flatten(0, 1), labels.t().flatten()
         if positions is not None:
             chosen, chosen_labels = chosen.index_select(0, positions), chosen_labels.index_select(0, positions)
-        losses = head_loss(chosen, weight, chosen_labels, shard=self.shard)
+        losses = self.head_loss(chosen, weight, chosen_labels, shard=self.shard)
         if positions is not None:
             losses = losses.new_zeros(sequence * micro_batch).index_copy(0, positions, losses)
         return losses.view(sequence, micro_batch).t().contiguous()

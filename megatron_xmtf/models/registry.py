@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.module import Float16Module
 
 from megatron_xmtf.config.schema import DropoutConfig, KernelsConfig, ParallelConfig, RecomputeConfig
+from megatron_xmtf.kernels.head_loss import choose_head_loss
 from megatron_xmtf.kernels.packed_attention import choose_packed_attention
 from megatron_xmtf.kernels.relative_attention import choose_relative_attention
 from megatron_xmtf.models.architecture import Architecture, BloomArchitecture
@@ -49,6 +50,7 @@ def build_model(
     config = transformer_config(
         architecture, parallel=parallel, precision=precision, recompute=recompute, dropout=dropout, kernels=kernels
     )
+    head_loss = choose_head_loss(kernels.head_loss)
     chunks: list[torch.nn.Module]
     if isinstance(architecture, BloomArchitecture):
         attention = choose_packed_attention(kernels.attention, precision=precision, head_dim=architecture.head_dim)
@@ -57,6 +59,7 @@ def build_model(
                 config,
                 architecture,
                 attention=attention,
+                head_loss=head_loss,
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
                 vp_stage=vp_stage,
@@ -71,7 +74,9 @@ def build_model(
             recompute=recompute.granularity == "selective",
         )
         chunks = [
-            EncoderDecoderModel(config, architecture, settings=settings, place=place, recompute=recompute)
+            EncoderDecoderModel(
+                config, architecture, settings=settings, head_loss=head_loss, place=place, recompute=recompute
+            )
             for place in _chunk_places(stage_layers(architecture, parallel, **lengths), parallel)
         ]
     for chunk in chunks:

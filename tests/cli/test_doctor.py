@@ -40,6 +40,8 @@ def test_this_machine_can_start_a_run(capsys: pytest.CaptureFixture[str], tmp_pa
         assert found["ranks"] == {"started": 2, "backend": "gloo"}
     assert found["kernels"] == {
         "packed attention": {"fp32": "segments", "bf16": "segments"},
+        "attention of encoder and decoder": {"fp32": "segments", "bf16": "segments"},
+        "head and loss": {"fp32": "chunked", "bf16": "chunked"},
         "adam": {"fp32": "torch"},
         "weight gradients": {"fp32": "torch"},
     }

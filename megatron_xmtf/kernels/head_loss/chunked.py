@@ -29,7 +29,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-__all__ = ["VocabularyShard", "head_loss"]
+__all__ = ["LOGITS_AT_ONCE", "VocabularyShard", "chunks_of", "head_loss", "join_ranks"]
 
 LOGITS_AT_ONCE = {"cpu": 1 << 26, "cuda": 1 << 28}
 """Logits that are held at once, by device: 256 MiB and 1 GiB in fp32. On a GPU a chunk must be wide enough that adding
@@ -77,7 +77,7 @@ class _HeadLoss(torch.autograd.Function):
         largest = torch.full(labels.shape, -math.inf, dtype=torch.float32, device=hidden.device)
         sums, of_label = torch.zeros_like(largest), torch.zeros_like(largest)
         kept = None
-        for chunk in _chunks(len(hidden), chunk_size, shard):
+        for chunk in chunks_of(len(hidden), chunk_size, shard):
             kept = None  # the last chunk's memory is free before the next one's is taken
             logits = _logits(hidden[chunk], weight, shard)
             of_label[chunk] = logits.gather(1, columns[chunk, None]).squeeze(1)
@@ -89,12 +89,7 @@ class _HeadLoss(torch.autograd.Function):
             kept = None
         of_label.mul_(is_own)
         own_largest = largest
-        if shard.group is not None and len(hidden):
-            largest = largest.clone()
-            torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=shard.group)
-            both = torch.stack([sums * (own_largest - largest).exp(), of_label])
-            torch.distributed.all_reduce(both, group=shard.group)
-            sums, of_label = both.unbind()
+        largest, sums, of_label = join_ranks(largest, sums, of_label, shard)
         log_sums = sums.log()
         # What is left to subtract of the logits, or of those kept, before exp gives the softmax.
         shift = largest + log_sums if kept is None else (largest - own_largest) + log_sums
@@ -112,7 +107,7 @@ class _HeadLoss(torch.autograd.Function):
         several = len(hidden) > ctx.chunk_size
         of_weight = torch.zeros_like(weight, dtype=torch.float32 if several else None)
         of_label = torch.where(is_own, -of_losses, 0.0)
-        for chunk in _chunks(len(hidden), ctx.chunk_size, shard):
+        for chunk in chunks_of(len(hidden), ctx.chunk_size, shard):
             if kept is None:
                 softmax = _logits(hidden[chunk], weight, shard).sub_(shift[chunk, None]).exp_()
                 softmax.mul_(of_losses[chunk, None])
@@ -133,7 +128,21 @@ class _HeadLoss(torch.autograd.Function):
         return of_hidden, of_weight.to(weight.dtype), None, None, None
 
 
-def _chunks(count: int, chunk_size: int, shard: VocabularyShard) -> Iterator[slice]:
+def join_ranks(largest: Tensor, sums: Tensor, of_label: Tensor, shard: VocabularyShard) -> tuple[Tensor, ...]:
+    """Join what each rank knows of its own words into the same of all words: fp32 [n] each.
+
+    Args:    largest: logit; sums: of exp(logit - largest); of_label: its logit, 0 on ranks that do not hold it.
+    """
+    if shard.group is None or not len(largest):
+        return largest, sums, of_label
+    of_all = largest.clone()
+    torch.distributed.all_reduce(of_all, op=torch.distributed.ReduceOp.MAX, group=shard.group)
+    both = torch.stack([sums * (largest - of_all).exp(), of_label])
+    torch.distributed.all_reduce(both, group=shard.group)
+    return of_all, *both.unbind()
+
+
+def chunks_of(count: int, chunk_size: int, shard: VocabularyShard) -> Iterator[slice]:
     """Cut positions into chunks; there is none for a rank that holds no real word."""
     for begin in range(0, count if shard.count else 0, chunk_size):
         yield slice(begin, min(begin + chunk_size, count))

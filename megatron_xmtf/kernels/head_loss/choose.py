@@ -1,0 +1,62 @@
+"""Choose who computes the head's loss, once, and say which.
+
+kernels.head_loss   device   bytes moved a logit, forward and backward, beside the products
+chunked             any      40, plain torch                              auto on a CPU
+fused               cuda     6, Triton                                    auto on a GPU where Triton can run
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_xmtf.errors import ConfigError
+from megatron_xmtf.kernels.head_loss import chunked
+from megatron_xmtf.kernels.head_loss.chunked import VocabularyShard
+from megatron_xmtf.kernels.segment_attention.available import why_not_fused
+
+__all__ = ["HeadLoss", "choose_head_loss"]
+
+logger = logging.getLogger(__name__)
+
+
+class HeadLoss(Protocol):
+    """Cross-entropy of each position over a split vocabulary; see `chunked.head_loss`."""
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        shard: VocabularyShard,
+        logits_at_once: int | None = None,
+    ) -> Tensor:
+        """Return losses, fp32 [n]."""
+
+
+def choose_head_loss(
+    wish: Literal["auto", "chunked", "fused"], *, device: Literal["cpu", "cuda"] | None = None
+) -> HeadLoss:
+    """Return the implementation for a run.
+
+    Args:    device: None: where this machine computes, a GPU if it has one.
+    Raises:  ConfigError: the wish cannot be met.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    obstacle, why = why_not_fused(device=device), ""
+    name: str = wish
+    if wish == "auto":
+        name = "fused" if device == "cuda" and obstacle is None else "chunked"
+        why = f", not fused: {obstacle}" if device == "cuda" and obstacle is not None else ""
+    if name == "fused" and obstacle is not None:
+        raise ConfigError(f"kernels.head_loss=fused cannot run: {obstacle}. Use auto or chunked.")
+    logger.info("head and loss: %s%s", name, why)
+    if name == "chunked":
+        return chunked.head_loss
+    fused: HeadLoss = importlib.import_module("megatron_xmtf.kernels.head_loss.fused").head_loss
+    return fused
