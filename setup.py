@@ -1,10 +1,27 @@
 """Package metadata; tool settings live in pyproject.toml, version pins in constraints.txt."""
 
 from pathlib import Path
+from shutil import copy2
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+
+
+class BuildWithTemplates(build_py):
+    """Puts `slurm/*.sbatch` into the package; an editable install finds them in the checkout."""
+
+    def run(self) -> None:
+        """Build, then copy."""
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / "megatron_xmtf" / "slurm"
+        target.mkdir(parents=True, exist_ok=True)
+        for template in sorted((HERE / "slurm").glob("*.sbatch")):
+            copy2(template, target)
+
 
 setup(
     name="megatron_xmtf",
@@ -13,6 +30,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    cmdclass={"build_py": BuildWithTemplates},
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_xmtf", "megatron_xmtf.*"]),
     package_data={

@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inside.add_argument("--end-attempt", metavar="OUT", help="prints `requeue CODE`, `done 0` or `stop CODE`")
     inside.add_argument("--submission", default="", metavar="S")
     inside.add_argument("--launcher-code", type=int, default=1, metavar="N")
+    inside.add_argument("--told-to-stop", action="store_true")
     inside.add_argument("--link", type=int, default=1, metavar="K")
     inside.add_argument("--links", type=int, default=1, metavar="N")
     inside.add_argument("--max-attempts-without-progress", type=int, default=3, metavar="N")
@@ -129,7 +130,7 @@ def _submit_training(arguments: argparse.Namespace) -> int:
     findings = _name_runs(names, [_check_run(config, architecture, arguments) for config in configs])
     seen = [base.output, base.model, *_prefixes(base), sys.prefix]
     findings += checks.check_paths([Path(path) for path in seen if path != checks.UNNAMED], nodes=slurm.nodes)
-    findings += checks.check_script(text, slurm, nodes=slurm.nodes)
+    findings += checks.check_script(text, slurm, nodes=slurm.nodes, is_dry=arguments.dry_run)
 
     def put() -> Any:
         write_runs(configs, runs)
@@ -175,7 +176,7 @@ def _submit_command(arguments: argparse.Namespace) -> int:
     )
     findings = _check_commands(commands, arguments)
     findings += checks.check_paths([output, Path.cwd(), Path(sys.prefix)], nodes=nodes)
-    findings += checks.check_script(text, slurm, nodes=nodes)
+    findings += checks.check_script(text, slurm, nodes=nodes, is_dry=arguments.dry_run)
 
     def put() -> Any:
         directory = output.absolute() / "slurm"
@@ -362,6 +363,7 @@ def _attempt(arguments: argparse.Namespace) -> int:
             submission=arguments.submission,
             launcher_code=arguments.launcher_code,
             limits=limits,
+            told_to_stop=arguments.told_to_stop,
             link=arguments.link,
             links=arguments.links,
         )

@@ -30,8 +30,6 @@ SLURM_DIRECTORY = "slurm"
 """In the run directory: scripts, logs, what was submitted, attempts."""
 ATTEMPTS = "attempts.jsonl"
 STATUS = "status.json"
-SIGNALLED = (128 + 10, 128 + 15)
-"""What a launcher ends with whose ranks died of SIGUSR1 or SIGTERM, before they could take them."""
 
 
 @dataclass(frozen=True)
@@ -97,19 +95,22 @@ def end_attempt(
     submission: str,
     launcher_code: int,
     limits: Limits,
+    told_to_stop: bool = False,
     link: int = 1,
     links: int = 1,
     environment: Mapping[str, str] = os.environ,
 ) -> Decision:
     """Decide what follows an attempt, and note it.
 
-    Args:  launcher_code: exit code of srun, which counts only where no rank has written a status. link, links: place
-           in a chain of jobs; all but the last leave it to the next one to go on.
+    Args:  launcher_code: exit code of srun, which is only told: with one rank that fails it is that of those it killed.
+           told_to_stop: the script has heard a signal; ranks that were still starting die of it without a word.
+           link, links: place in a chain of jobs; all but the last leave it to the next one to go on.
     """
-    decision = _decide(output, submission, launcher_code, limits, is_last_link=link >= links)
+    outcome = _outcome(output, launcher_code, told_to_stop=told_to_stop)
+    decision = _decide(output, submission, outcome, limits, is_last_link=link >= links)
     values = {"job": environment.get("SLURM_JOB_ID", ""), "step": newest_step(output)}
-    outcome = {"code": decision.code, "decision": decision.word, "why": decision.why}
-    _append(output, {"event": "end", "submission": submission, **values, **outcome})
+    decided = {"code": decision.code, "decision": decision.word, "why": decision.why}
+    _append(output, {"event": "end", "submission": submission, **values, **decided})
     return decision
 
 
@@ -130,19 +131,28 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _decide(output: Path, submission: str, launcher_code: int, limits: Limits, *, is_last_link: bool) -> Decision:
+def _outcome(output: Path, launcher_code: int, *, told_to_stop: bool) -> dict[str, Any]:
+    """Return the status that the run left, or what it must have been."""
     status = _status(output)
-    if _is_complete(status):
-        return Decision("done", 0, str(status["message"]))
-    if status.get("exit_code") == ExitCode.DONE:
-        # Stopped by its stop file: what depends on a finished run must not start.
-        return Decision("stop", int(ExitCode.FAILED), str(status["message"]))
     if status:
-        code, message = int(status["exit_code"]), str(status["message"])
-    elif launcher_code in SIGNALLED:
-        code, message = int(ExitCode.REQUEUE), "told to stop before the first step"
-    else:
-        code, message = int(ExitCode.FAILED), f"the ranks ended without a word (launcher's exit code {launcher_code})"
+        return status
+    if told_to_stop:
+        return {"exit_code": int(ExitCode.REQUEUE), "message": "told to stop before the first step"}
+    return {
+        "exit_code": int(ExitCode.FAILED),
+        "message": f"the ranks ended without a word (the launcher with {launcher_code}); the log has their errors",
+    }
+
+
+def _decide(
+    output: Path, submission: str, outcome: Mapping[str, Any], limits: Limits, *, is_last_link: bool
+) -> Decision:
+    code, message = int(outcome["exit_code"]), str(outcome["message"])
+    if _is_complete(outcome):
+        return Decision("done", 0, message)
+    if code == ExitCode.DONE:
+        # Stopped by its stop file: what depends on a finished run must not start.
+        return Decision("stop", int(ExitCode.FAILED), message)
     names = {ExitCode.REQUEUE: "requeue", ExitCode.HANG: "hang", ExitCode.FAILED: "failed"}
     if names.get(ExitCode(code)) not in limits.requeue_on:
         return Decision("stop", code, f"{message}; not started again after this")

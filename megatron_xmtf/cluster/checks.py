@@ -202,15 +202,18 @@ def check_paths(paths: Sequence[Path], *, nodes: int) -> list[Finding]:
     return found or [Finding("ok", "paths", f"on file systems that are shared ({nodes} nodes)")]
 
 
-def check_script(text: str, slurm: SlurmConfig, *, nodes: int) -> list[Finding]:
-    """Ask Slurm: whether the partition has such nodes and such a time, and whether it would take the script."""
+def check_script(text: str, slurm: SlurmConfig, *, nodes: int, is_dry: bool) -> list[Finding]:
+    """Ask Slurm: whether the partition has such nodes and such a time, and whether it would take the script.
+
+    Args:  is_dry: nothing will be submitted: a Slurm that does not answer is no fault.
+    """
     if not commands.has_slurm():
         return [Finding("note", "slurm", "not asked: sbatch is not on this machine")]
     try:
         limits = commands.partition_limits(slurm.partition)
         takes, words = commands.test_script(text, directory=Path.home())
     except XmtfError as error:
-        return [Finding("error", "slurm", str(error))]
+        return [Finding("note" if is_dry else "error", "slurm", str(error))]
     if limits is None:
         return [Finding("error", "slurm", f"there is no partition {slurm.partition or '(default)'}: sinfo lists them")]
     available, longest = limits
