@@ -208,4 +208,7 @@ def _write_status(config: RunConfig, code: ExitCode, message: str, **steps: int)
     # A refused start leaves no run directory behind: the lock alone goes again.
     if output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir()):
         status = {"exit_code": int(code), "name": code.name, "message": message, **steps}
-        write_json(output / "status.json", status)
+        try:
+            write_json(output / "status.json", status)
+        except OSError as error:  # a full disk must not hide how the run ended
+            logger.warning("%s could not be written: %s", output / "status.json", error)

@@ -44,6 +44,8 @@ SILENT_SECONDS = 60.0
 WAIT_SECONDS = 15.0
 """Ranks end within five seconds of their launcher; their writers end with them."""
 POLL_SECONDS = 0.2
+READS = 5
+"""Tries to read a record that is being rewritten."""
 RECORD_BYTES = 512
 """A record is padded to this, so that each is one write and replaces all of the one before."""
 
@@ -71,9 +73,7 @@ class RunLock:
 
         Raises:  RunLockedError: another run has it; names host, process and job. OSError: the directory cannot be made.
         """
-        absent = [path for path in (self._output, *self._output.parents) if not path.exists()]
         with disk_errors(self._output / LOCK_FILE):
-            self._made = absent
             try:
                 self._take()
             except BaseException:
@@ -98,6 +98,8 @@ class RunLock:
     def _take(self) -> None:
         deadline = time.monotonic() + WAIT_SECONDS
         while True:
+            absent = [path for path in (self._output, *self._output.parents) if not path.exists()]
+            self._made += [path for path in absent if path not in self._made]
             self._output.mkdir(parents=True, exist_ok=True)
             try:
                 self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -110,6 +112,10 @@ class RunLock:
                     continue
                 self._refuse_living(_read(self._path), knows_locks=knows_locks)
                 self._write_record()
+                if not knows_locks:
+                    time.sleep(5 * POLL_SECONDS)
+                    if not self._is_ours():  # two started in the same moment, and the other wrote last
+                        raise self._locked(_read(self._path), "started in the same moment")
             except BaseException:
                 self._close()
                 raise
@@ -183,11 +189,16 @@ class RunLock:
         return all(found.get(key) == self._record[key] for key in ("host", "process", "started"))
 
     def _keep(self) -> None:
-        """Beat until the end; end the process if another run took this one for dead."""
+        """Beat until the end; end the process if another run took this one for dead, or the file is gone twice."""
+        gone = 0
         while not self._ended.wait(BEAT_SECONDS):
             try:
+                found = _read(self._path)
+                gone = 0 if found else gone + 1
+                if gone == 1:
+                    continue
                 if not self._is_ours():
-                    holder = _describe(_read(self._path))
+                    holder = _describe(found)
                     message = f"{self._path} is in the hands of {holder}: this run was taken for dead, and ends"
                     print(message, file=sys.stderr, flush=True)
                     self._leave(int(ExitCode.FAILED))
@@ -208,11 +219,16 @@ class RunLock:
 
 def _read(path: Path) -> dict[str, Any]:
     """Read a lock's record, with a look at the server; {}: there is none, or none that is whole."""
-    try:
-        record = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    for _ in range(READS):
+        try:
+            record = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except ValueError:  # it is being written, or has never been
+            time.sleep(POLL_SECONDS)
+            continue
+        return record if isinstance(record, dict) else {}
+    return {}
 
 
 def _describe(holder: dict[str, Any]) -> str:

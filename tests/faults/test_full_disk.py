@@ -89,7 +89,8 @@ def test_a_run_keeps_its_checkpoints_and_goes_on(
 ) -> None:
     found = seen[name]
     check_refusal(found["full"])
-    assert found["status"]["exit_code"] == ExitCode.DISK_FULL
+    if name != "metrics.jsonl":  # there not a page is left, for the status either
+        assert found["status"]["exit_code"] == ExitCode.DISK_FULL
     assert found["steps"] == kept
     if name == "metrics.jsonl":
         assert "metrics.jsonl: 0.00 GiB free" in found["full"]["said"], found["full"]["said"][-2000:]
