@@ -206,8 +206,9 @@ SEQUENCE_PARALLEL = {TP: 2, "sequence_parallel": True}
         (2, SEQUENCE_PARALLEL, "none"),
         (2, SEQUENCE_PARALLEL, "full"),
         (4, {TP: 2, PP: 2}, "selective"),
+        (4, {**SEQUENCE_PARALLEL, PP: 2}, "full"),
     ],
-    ids=["TP1", "TP1-selective", "TP1-full", "TP2-SP", "TP2-SP-full", "TP2-PP2-selective"],
+    ids=["TP1", "TP1-selective", "TP1-full", "TP2-SP", "TP2-SP-full", "TP2-PP2-selective", "TP2-SP-PP2-full"],
 )
 def test_backward_and_recomputation_use_the_masks_of_the_forward_pass(
     world_size: int, parallel: dict[str, Any], granularity: str
@@ -291,9 +292,9 @@ def test_bf16_is_at_most_twice_as_far_off_as_transformers(reference: Any) -> Non
 # Checkpoints
 
 
-def rank_save(directory: Path, config: RunConfig) -> list[tuple[float, float]]:
+def rank_save(name: str, directory: Path, config: RunConfig) -> list[tuple[float, float]]:
     """Train two steps, save, train two more."""
-    engine = start_engine(*ours("mt5"), config)
+    engine = start_engine(*ours(name), config)
     batches = batches_of(ROWS)
     for _ in range(2):
         engine.train_step(batches)
@@ -301,9 +302,9 @@ def rank_save(directory: Path, config: RunConfig) -> list[tuple[float, float]]:
     return [engine.train_step(batches) for _ in range(2)]
 
 
-def rank_load(directory: Path, config: RunConfig) -> tuple[list[tuple[float, float]], list[Shard]]:
+def rank_load(name: str, directory: Path, config: RunConfig) -> tuple[list[tuple[float, float]], list[Shard]]:
     """Load at another layout; train two steps."""
-    engine = start_engine(ours("mt5")[0], None, config)
+    engine = start_engine(ours(name)[0], None, config)
     load_training_state(engine.chunks, engine.optimizer, directory / "step_0000002")
     weights = engine.weights()
     return [engine.train_step(batches_of(ROWS)) for _ in range(2)], weights
@@ -324,17 +325,23 @@ RESHARDS = {
 
 
 @pytest.mark.parametrize(
-    ("case", "optimizer"), [*((case, "adamw") for case in RESHARDS), ("TP2-PP2 to PP4", "adafactor")]
+    ("case", "optimizer", "name"),
+    [
+        *((case, "adamw", "mt5") for case in RESHARDS),
+        ("TP2-PP2 to PP4", "adafactor", "mt5"),
+        # T5 1.0, whose head is the embedding, held by the first and the last stage.
+        ("distributed, TP2-DP2 to PP2-DP2", "adamw", "1.0"),
+    ],
 )
-def test_a_run_goes_on_at_another_layout(case: str, optimizer: str, tmp_path: Path) -> None:
+def test_a_run_goes_on_at_another_layout(case: str, optimizer: str, name: str, tmp_path: Path) -> None:
     before, after = (dict(parallel) for parallel in RESHARDS[case])
     settings: dict[str, Any] = {"lr": 3e-3}
     if optimizer == "adafactor":
         settings = {"name": "adafactor", "lr": 3e-3}
-    ours("mt5")
+    ours(name)
     saving, loading = (run_config(parallel=parallel, optimizer=settings) for parallel in (before, after))
-    wanted = run_ranks(rank_save, world_size=4, arguments=(tmp_path, saving))[0]
-    results = run_ranks(rank_load, world_size=4, arguments=(tmp_path, loading))
+    wanted = run_ranks(rank_save, world_size=4, arguments=(name, tmp_path, saving))[0]
+    results = run_ranks(rank_load, world_size=4, arguments=(name, tmp_path, loading))
     assemble([weights for _, weights in results], tolerance=0.0)
     for curve, _ in results:
         for mine, reference in zip(curve, wanted, strict=True):

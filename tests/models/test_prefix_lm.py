@@ -163,7 +163,13 @@ GRADIENT_RUNS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", GRADIENT_RUNS)
+MORE_RUNS = ("recompute-selective", "reference", "DP2")
+"""What logits and the kernels' own tests hold already."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in MORE_RUNS else []) for name in GRADIENT_RUNS]
+)
 def test_packed_gradients_equal_transformers_with_a_mask(
     name: str, tiny_hf: Path, run_config: Callable[..., RunConfig]
 ) -> None:
