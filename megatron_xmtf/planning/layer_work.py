@@ -10,8 +10,8 @@
     scores (unfused)                                    5 a s^2 b / t      13 as^2b / t    19 as^2b / t
     activation, f1 columns in                       2 (f1 + f) sb / t    2 (f1 + f) sb / t  (6 f1 + 2 f) sb / t
 
-A BLOOM has i = h and f1 = f = 4h: sbh (10 + 24 / t + 5 a s / h t), as published. Sequence parallelism divides the lines
-without t by t as well.
+A BLOOM has i = h and f1 = f = 4h: sbh (10 + 24 / t + 5 a s / h t), as published; a gated layer (f1 = 2f) keeps the
+gate's activation as well, 2f sb / t. Sequence parallelism divides the lines without t by t as well.
 
 Traffic, a residual forward: read bias-added output and residual, write mask and sum (2 + 2 + 1 + 2 with the bias's
 read neglected); backward: mask and gradient in, gradient out (5), the bias's sum (2), the two gradients added (6). A
@@ -38,6 +38,8 @@ class ScoreBytes:
     """Bytes of each score, [b, a, query, key], in half precision."""
 
     kept: float
+    kept_fp32: float
+    """Instead of it in fp32, where no copy in half precision is made."""
     kept_mask: float
     """With dropout, on top."""
     forward: float
@@ -49,12 +51,12 @@ class ScoreBytes:
 
 SCORES: dict[AttentionKind, ScoreBytes] = {
     # Softmax (2) and, with dropout, what is left of it and the mask (3).
-    "unfused": ScoreBytes(2, 3, 13, 19, 0),
+    "unfused": ScoreBytes(2, 4, 3, 13, 19, 0),
     # fp32 softmax (4) and its half-precision copy (2); without fusion each of product, scale, bias, softmax, cast and
     # product reads and writes: 4 + 8 + 12 + 8 + 6 + 2 forward, as much again and 4 more backward.
-    "reference": ScoreBytes(6, 1, 40, 44, 4),
-    "sdpa": ScoreBytes(0, 0, 4, 4, 4),
-    "fused": ScoreBytes(0, 0, 0, 0, 0),
+    "reference": ScoreBytes(6, 4, 1, 40, 44, 4),
+    "sdpa": ScoreBytes(0, 0, 0, 4, 4, 4),
+    "fused": ScoreBytes(0, 0, 0, 0, 0, 0),
 }
 
 
@@ -110,12 +112,14 @@ def layer_work(architecture: Architecture, kind: LayerKind, layout: WorkKey) -> 
     side = own / rows
     pairs = rows * (side * side + (side * encoder if kind == "decoder" else 0))
     scores, score = heads * pairs / tp, SCORES[layout.attention]
-    score_kept = scores * (score.kept * wide + (score.kept_mask if layout.dropout else 0))
+    score_kept = scores * (score.kept if number == 2 else score.kept_fp32)
+    score_kept += scores * score.kept_mask if layout.dropout else 0
 
     hidden_tokens = own * hidden / whole
     # Query, key, value and output of each attention; across, keys and values are the context's.
     attended = (4 * own + (2 * own + 2 * context if kind == "decoder" else 0)) * inner / tp
-    activated = own * (first + ffn) / tp
+    # A gate keeps its own activation beside the product.
+    activated = own * (first + (ffn if first == ffn else 2 * ffn)) / tp
     kept = (
         hidden_tokens * sublayers * (2 * number + (1 if layout.dropout else 0))
         + (attended + activated) * number

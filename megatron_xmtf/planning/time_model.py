@@ -6,6 +6,7 @@
     a stage s_i         its chunks, forward and backward, and handing over to its neighbours
     all micro-batches   m max(s) + (sum(s) - max(s)) / v        the second term is the bubble, (p - 1) / (v m) of the
                                                                 first where stages are alike
+    (an upper bound: where an earlier stage than the last is the slowest, its first forward passes fill the wait)
     a step              that + gradients and weights of data-parallel ranks + the tied embedding + the update
 
     BLOOM-176B, TP4 PP12 DP8 MBS2 on Jean Zay: 128 x 0.73 s + 11 x 0.72 s + 6.7 s = 104.5 s, as published

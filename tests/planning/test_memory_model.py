@@ -1,0 +1,128 @@
+"""Activations and logits against published formulas and figures worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_xmtf.config.parallel import ParallelConfig, RecomputeConfig
+from megatron_xmtf.config.row_lengths import EncoderDecoderLengths
+from megatron_xmtf.models.architecture import BloomArchitecture
+from megatron_xmtf.planning.cluster import PRESETS
+from megatron_xmtf.planning.layer_work import layer_work, work_key
+from megatron_xmtf.planning.layout import Layout
+from megatron_xmtf.planning.memory_model import GIB, head_bytes, memory_by_stage
+from megatron_xmtf.planning.run_model import PUBLISHED
+
+GPT3 = BloomArchitecture(hidden_size=12288, num_layers=96, num_attention_heads=96, vocab_size=51200)
+S, B, H, A = 2048, 1, 12288, 96
+SBH = S * B * H
+
+
+def layout(tp: int = 1, *, sequence_parallel: bool = False, granularity: str = "none", **changed: object) -> Layout:
+    base = Layout(
+        gpus=64,
+        parallel=ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel),
+        lengths=S,
+        micro_batch_size=B,
+        global_batch_size=64,
+        recompute=RecomputeConfig(granularity=granularity),
+        attention="unfused",
+        dropout=True,
+    )
+    return replace(base, **changed)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "wanted"),
+    [
+        (layout(), SBH * (34 + 5 * A * S / H)),
+        (layout(8), SBH * (10 + 24 / 8 + 5 * A * S / (H * 8))),
+        (layout(8, sequence_parallel=True), SBH / 8 * (34 + 5 * A * S / H)),
+    ],
+)
+def test_a_layer_keeps_what_is_published(chosen: Layout, wanted: float) -> None:
+    """Korthikanti et al. 2022, table 2; without scores 34 sbh / t, as with selective recomputation."""
+    work = layer_work(GPT3, "causal", work_key(chosen))
+    assert work.kept_bytes == pytest.approx(wanted)
+    assert work.kept_bytes - work.kept_score_bytes == pytest.approx(wanted - 5 * A * S * SBH / H / chosen.tp)
+    assert work.input_bytes == pytest.approx(2 * SBH / (8 if chosen.parallel.sequence_parallel else 1))
+
+
+def test_gpt3s_scores_are_80_and_530bs_64() -> None:
+    """The paper's own numbers of 5 a s / h, beside 34: 80 for GPT-3, 64 for MT-NLG 530B (section 5)."""
+    mtnlg = BloomArchitecture(hidden_size=20480, num_layers=105, num_attention_heads=128, vocab_size=51200)
+    for architecture, wanted in ((GPT3, 80), (mtnlg, 64)):
+        work = layer_work(architecture, "causal", work_key(layout()))
+        assert work.kept_score_bytes / (S * B * architecture.hidden_size) == pytest.approx(wanted)
+
+
+def test_interleaving_holds_more_by_the_published_factor() -> None:
+    """1 + (p - 1) / (p v) of all layers of a rank's share, L / p x p of them (section 4.2.3)."""
+    plain = layout(8, gpus=128).__class__(
+        **{
+            **layout(8).__dict__,
+            "gpus": 64,
+            "parallel": ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=8),
+        }
+    )
+    interleaved = replace(
+        plain,
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=8, pipeline_model_parallel_size=8, virtual_pipeline_model_parallel_size=3
+        ),
+    )
+    # Stage 1 has no embedding, and holds 7 of 8; its share of the factor's 2 (p - i - 1) + (v - 1) p + 1 chunks.
+    first, second = (memory_by_stage(GPT3, one, PRESETS["a100-80"])[0].activations for one in (plain, interleaved))
+    assert second / first == pytest.approx(1 + 7 / 24, rel=0.01)
+
+
+def test_logits_of_250_thousand_words() -> None:
+    """BLOOM at TP4, two rows: 4,096 x 62,720 logits x 10 bytes plain; ours at most 2^28 at a time, of 4 + 2 bytes."""
+    bloom = PUBLISHED["bloomz-176b"]
+    chosen = layout(4, micro_batch_size=2)
+    assert head_bytes(bloom, chosen, plain=True) == 4096 * 62_720 * 10
+    assert head_bytes(bloom, chosen) == 4096 * 62_720 * 6
+    assert head_bytes(bloom, replace(chosen, loss_fraction=0.25)) == 1024 * 62_720 * 6
+    assert head_bytes(bloom, replace(chosen, micro_batch_size=16)) == 2**28 * 6
+    assert head_bytes(bloom, replace(chosen, micro_batch_size=16), plain=True) == 8 * 4096 * 62_720 * 10
+
+
+def test_recomputation_orders_memory() -> None:
+    """And a dense bias makes full recomputation dear: 4 bytes x 112 heads x 2,048^2 for each micro-batch in flight."""
+    bloom = PUBLISHED["bloomz-176b"]
+    counted = dict.fromkeys(("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"), True)
+    base = layout(parallel=ParallelConfig(pipeline_model_parallel_size=72, **counted), gpus=288, global_batch_size=2048)
+
+    def activations(granularity: str, attention: str) -> float:
+        chosen = replace(base, recompute=RecomputeConfig(granularity=granularity), attention=attention)
+        return memory_by_stage(bloom, chosen, PRESETS["h200"])[1].activations
+
+    sizes = [activations(granularity, "unfused") for granularity in ("none", "selective", "full")]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 4 * sizes[2]
+    # Stage 1 holds 71 micro-batches; 7 bytes a score of one layer are live, those of "unfused" 5.
+    extra = activations("full", "reference") - activations("full", "unfused")
+    assert extra == pytest.approx(71 * 4 * 112 * 2048**2 + (7 - 5) * 112 * 2048**2)
+
+
+def test_an_encoder_decoders_stage_keeps_both_sides() -> None:
+    """A stage of encoder layers holds [enc; dec] of each micro-batch in flight, though it transforms one of them."""
+    model = PUBLISHED["mt0-large"]
+    short, long = EncoderDecoderLengths(1024, 128), EncoderDecoderLengths(1024, 1024)
+    found = []
+    for lengths in (short, long):
+        chosen = layout(
+            lengths=lengths,
+            parallel=ParallelConfig(pipeline_model_parallel_size=4, pipeline_layers=[12, 12, 12, 12]),
+            attention="fused",
+            recompute=RecomputeConfig(granularity="full"),
+        )
+        stage = memory_by_stage(model, chosen, PRESETS["h100"])[1]
+        assert (stage.layers, stage.in_flight) == (12, 3)
+        found.append(stage.activations)
+    # Three micro-batches x 896 more tokens x 1,024 wide x 2 bytes.
+    assert found[1] - found[0] == 3 * 896 * 1024 * 2
+    # Adam's bytes of a whole mT5-large: 18 a parameter, its words padded to 250,112 = 1,954 x 128.
+    whole = memory_by_stage(model, layout(lengths=long), PRESETS["h100"])[0]
+    assert (whole.weights + whole.gradients + whole.optimizer) / GIB == pytest.approx(18 * 1_229_581_312 / GIB)
