@@ -201,10 +201,12 @@ def loop(subject: Subject, stride: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run the drill that the command line names."""
-    from tests.faults.save_subject import Save
-
     prepare_to_fork()
-    subjects = {"save": Save, "preprocess": Preprocess, "pack": Pack, "export": Export}
+    subjects: dict[str, type[Subject]] = {"preprocess": Preprocess, "pack": Pack, "export": Export}
+    if sys.argv[1] == "save":
+        from tests.faults.save_subject import Save
+
+        subjects["save"] = Save
     name, inputs, stride = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     root, control = Path(os.environ[FAULT_ROOT]), Control(Path(os.environ[CONTROL]))
     subject = subjects[name](root, control, pickle.loads(inputs.read_bytes()))
