@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_xmtf.config.schema import RunConfig
+from megatron_xmtf.errors import ConfigError
 from megatron_xmtf.models.architecture import Architecture
 from megatron_xmtf.planning.cluster import Cluster
 from megatron_xmtf.planning.layout import AttentionKind, Layout, base_layout, layout_of
@@ -119,12 +120,17 @@ def plan_hardware(
     Raises:  ConfigError: the layout does not divide the model, the GPUs or the batch.
     """
     fraction = 1.0 if loss_fraction is None else loss_fraction
-    found = None
+    found, replaced = None, ""
     if search:
         base = base_layout(config, gpus=gpus, loss_fraction=fraction, attention=attention)
         found = search_layouts(architecture, base, cluster, keep=search)
-    architecture.check_split(config.parallel)
-    layout = layout_of(config, gpus=gpus, loss_fraction=fraction, attention=attention)
+    try:
+        architecture.check_split(config.parallel)
+        layout = layout_of(config, gpus=gpus, loss_fraction=fraction, attention=attention)
+    except ConfigError as error:
+        if found is None or not found.best:
+            raise
+        layout, replaced = found.best[0].layout, str(error)
     memory, time = memory_by_stage(architecture, layout, cluster), step_time(architecture, layout, cluster)
     return HardwarePlan(
         architecture=architecture,
@@ -133,12 +139,20 @@ def plan_hardware(
         memory=memory,
         time=time,
         cost=run_cost(config, architecture, layout, cluster, time, knows_targets=loss_fraction is not None),
-        warnings=layout_warnings(architecture, layout, cluster, memory, time),
+        warnings=[*_replaced(replaced, layout), *layout_warnings(architecture, layout, cluster, memory, time)],
         by_recompute=_by_recompute(architecture, layout, cluster),
         plain_head_gib=head_bytes(architecture, layout, plain=True) / GIB,
         search=found,
         has_target_tokens=loss_fraction is not None,
     )
+
+
+def _replaced(why: str, layout: Layout) -> list[LayoutWarning]:
+    """Say that another layout than the configured one is planned, if it is."""
+    if not why:
+        return []
+    message = f"planned is the fastest layout found, {layout.words}, for the configured one cannot run: {why}"
+    return [{"kind": "replaced", "is_refused": False, "message": message}]
 
 
 def _by_recompute(architecture: Architecture, layout: Layout, cluster: Cluster) -> dict[str, float]:

@@ -131,6 +131,15 @@ def test_what_cannot_be_cut_is_an_error(overrides: list[str], gpus: int, message
         plan("bloomz-176b", gpus, *overrides)
 
 
+def test_a_search_replaces_a_layout_that_cannot_be_cut() -> None:
+    """BLOOMZ's 72 stages on 64 GPUs: an error by itself, and the best layout where a search was asked for."""
+    with pytest.raises(ConfigError, match="64 GPUs are not a multiple"):
+        plan("bloomz-176b", 64, cluster="h200")
+    found = plan("bloomz-176b", 64, cluster="h200", search=2)
+    assert found.search is not None and found.layout == found.search.best[0].layout and found.fits
+    assert "replaced" in kinds(found) and "64 GPUs are not a multiple" in found.warnings[0]["message"]
+
+
 def kinds(found: HardwarePlan) -> dict[str, bool]:
     return {warning["kind"]: warning["is_refused"] for warning in found.warnings}
 

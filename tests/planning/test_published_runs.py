@@ -185,6 +185,30 @@ def test_gradients_that_are_not_sharded_are_seen() -> None:
     assert theirs[0].gradients - ours[0].gradients == 2 * theirs[0].parameters
 
 
+def test_hoppers_matrix_products_are_those_of_one_published_pair() -> None:
+    """llm-foundry's MPT-7B (ALiBi) on 8 GPUs: 4,641 tokens/s a GPU on A100, 10,643 on H100; both 11 % too fast here.
+
+    FSDP gathers weights, which is not modelled; what it costs on one machine calibrates the other.
+    Source: mosaicml/llm-foundry, scripts/train/benchmarking/README.md.
+    """
+    architecture = BloomArchitecture(hidden_size=4096, num_layers=32, num_attention_heads=32, vocab_size=50_368)
+    parallel = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+    layout = Layout(
+        gpus=8,
+        parallel=parallel,
+        lengths=2048,
+        micro_batch_size=6,
+        global_batch_size=192,
+        attention="fused",
+        fuses_weight_gradient=True,
+    )
+    ratios = []
+    for name, published in (("a100-80", 4641), ("h100", 10_643)):
+        per_gpu = 192 * 2048 / step_time(architecture, layout, PRESETS[name]).seconds / 8
+        ratios.append(per_gpu / published)
+    assert ratios[1] == pytest.approx(ratios[0], rel=0.02) and ratios[0] == pytest.approx(1.11, abs=0.02)
+
+
 MEGATRON_2022 = [
     # name, hidden, layers, heads, pp, vpp, mbs, gbs = m x mbs, GPUs; s/step and MFU with sequence parallelism and
     # selective recomputation, s/step with full recomputation. TP8, A100-80GB (Selene).
