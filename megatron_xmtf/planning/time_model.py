@@ -9,7 +9,7 @@
     (an upper bound: where an earlier stage than the last is the slowest, its first forward passes fill the wait)
     a step              that + gradients and weights of data-parallel ranks + the tied embedding + the update
 
-    BLOOM-176B, TP4 PP12 DP8 MBS2 on Jean Zay: 128 x 0.73 s + 11 x 0.72 s + 6.7 s = 104.5 s, as published
+    BLOOM-176B, TP4 PP12 DP8 MBS2 on Jean Zay: 128 x 0.708 s + 7.65 s of bubble + 6.19 s = 104.5 s, as published
 
 Source:  Narayanan et al. 2021, arXiv 2104.04473, sections 2.2 and 5.1. Checked against published runs in
          `tests/planning/test_published_runs.py`.
