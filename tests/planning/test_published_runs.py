@@ -165,7 +165,7 @@ def test_the_presets_framework_memory_is_one_rows() -> None:
     ids=lambda run: run.name,
 )
 def test_memory_is_predicted(run: PublishedRun) -> None:
-    """43 rows, from 35 to 79 GiB, four engines' layouts of the optimizer's state."""
+    """43 rows, from 35 to 79 GiB, three engines' layouts of the optimizer's state."""
     assert fullest_gib(run) == pytest.approx(run.memory_gib, rel=0.12)
 
 
