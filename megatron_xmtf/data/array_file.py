@@ -23,13 +23,12 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
     Raises:  OSError: as the file system says.
     """
     assert not array.dtype.hasobject, "objects would be pickled"
-    with open(path, "wb", buffering=0) as stream:
+    # Buffered: numpy writes the header without a look at how much of it was written.
+    with open(path, "wb") as stream:
         # Byte by byte what `np.save` chooses for plain numbers: version 1.0, rows first.
         array = np.ascontiguousarray(array)
         np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
-        left = memoryview(array.reshape(-1).view(np.uint8))
-        while left:
-            left = left[stream.write(left) :]
+        stream.write(memoryview(array.reshape(-1).view(np.uint8)))
 
 
 def map_new_array(path: Path, dtype: DTypeLike, shape: Sequence[int]) -> np.memmap[Any, Any]:
