@@ -96,6 +96,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("name what to submit: a configuration, or --status OUT, or --stop OUT.")
     if arguments.chain < 1 or (arguments.max_running is not None and arguments.max_running < 1):
         raise ConfigError(f"--chain {arguments.chain} and --max-running {arguments.max_running}: at least 1 is needed.")
+    from megatron_xmtf.cluster.submission import after_all
+
+    after_all(arguments.after)
     arguments.overrides += [
         f"slurm.{key}={value}"
         for key, value in (("ranks_per_node", arguments.ranks_per_node), ("time", arguments.time))

@@ -115,6 +115,27 @@ def check_time(config: RunConfig, architecture: Architecture | None, *, links: i
 
     Args:  architecture: None: no model is there to plan for. links: jobs in the chain.
     """
+    return check_limit(config) + _check_estimate(config, architecture, links=links)
+
+
+def check_limit(config: RunConfig) -> list[Finding]:
+    """Check that the time before the limit at which the run is told to stop leaves time to train."""
+    slurm, margin = config.slurm, config.stop.slurm_margin_minutes
+    limit = None if slurm.time is None else seconds_of_time(slurm.time)
+    if limit is None:
+        return []
+    if limit <= 60 * margin:
+        text = f"time={slurm.time} is not above stop.slurm_margin_minutes={margin:g}"
+        return [Finding("error", "limit", f"{text}: newer Slurms tell a job its end, and it would stop at once")]
+    if limit < 2 * slurm.signal_seconds:
+        text = (
+            f"half of time={slurm.time} and more is signal_seconds={slurm.signal_seconds}, in which nothing is trained"
+        )
+        return [Finding("warning", "limit", text)]
+    return []
+
+
+def _check_estimate(config: RunConfig, architecture: Architecture | None, *, links: int) -> list[Finding]:
     slurm = config.slurm
     if slurm.hardware is None:
         return [Finding("note", "time", "not estimated: slurm.hardware names no cluster, as in slurm.hardware=h100")]
@@ -147,9 +168,6 @@ def check_time(config: RunConfig, architecture: Architecture | None, *, links: i
     else:
         remedy = f"slurm.requeue=true or --chain {jobs}"
         found.append(Finding("warning", "time", f"{what}, {usable:.1f} in a job: it will not end; {remedy}"))
-    if limit < 2 * slurm.signal_seconds:
-        text = f"half of time={slurm.time} is signal_seconds={slurm.signal_seconds}, in which nothing is trained"
-        found.append(Finding("warning", "time", text))
     return found
 
 
