@@ -20,12 +20,13 @@ import torch
 from megatron_xmtf.checkpoint.directory import find_checkpoint
 from megatron_xmtf.checkpoint.manifest import CheckpointManifest, checkpoint_directory, open_manifest
 from megatron_xmtf.checkpoint.reader import CheckpointReader
+from megatron_xmtf.checkpoint.reading_direction import attends_prefix
 from megatron_xmtf.checkpoint.streamed_write import CHUNK_BYTES, StreamedWriter, row_ranges
 from megatron_xmtf.conversion.huggingface import convert_part
 from megatron_xmtf.conversion.huggingface_export import TRAINING_PREFIXES
 from megatron_xmtf.conversion.huggingface_model import copy_side_files, dtype_name
 from megatron_xmtf.errors import CheckpointError, ConfigError
-from megatron_xmtf.files import sha256_file
+from megatron_xmtf.files import read_json, sha256_file, write_json
 from megatron_xmtf.progress import Progress
 
 __all__ = ["AveragedCheckpoint", "average_checkpoints"]
@@ -66,6 +67,7 @@ def average_checkpoints(
     found = [find_checkpoint(path) for path in checkpoints]
     manifests = [open_manifest(path) for path in found]
     _check_architectures(found, manifests)
+    reads_both_ways = _common_direction(found, manifests)
     with ExitStack() as stack:
         readers = [stack.enter_context(CheckpointReader(path)) for path in found]
         names = _common_tensors(readers)
@@ -91,6 +93,10 @@ def average_checkpoints(
                     _average_tensor(readers, shares, name, writer, progress, dtype=types[name])
                 writer.finish()
             copy_side_files(found[0] / "hf", temporary / "hf")
+            if reads_both_ways:
+                # A run says so in its configuration, which an average has not.
+                config = temporary / "hf" / "config.json"
+                write_json(config, {**read_json(config), "prefix_lm": True})
         parameters = sum(math.prod(readers[0].tensors[name].shape) for name in names)
     return AveragedCheckpoint(Path(output), tuple(found), tuple(shares), len(names), parameters, stored_name)
 
@@ -122,6 +128,18 @@ def _check_architectures(found: Sequence[Path], manifests: Sequence[CheckpointMa
         if keys:
             listed = ", ".join(f"{key} is {manifest.architecture.get(key)}, not {first.get(key)}" for key in keys)
             raise CheckpointError(f"{path} and {found[0]} are not of one architecture: {listed}.")
+
+
+def _common_direction(found: Sequence[Path], manifests: Sequence[CheckpointManifest]) -> bool:
+    """Return whether all of them read inputs in both directions (prefix-LM)."""
+    directions = [attends_prefix(path, manifest) for path, manifest in zip(found, manifests, strict=True)]
+    if len(set(directions)) > 1:
+        raise CheckpointError(
+            "some of the checkpoints were trained to read inputs in both directions (batch.prefix_lm), some not: "
+            + ", ".join(f"{path}: {direction}" for path, direction in zip(found, directions, strict=True))
+            + ". Their average would be neither."
+        )
+    return directions[0]
 
 
 def _common_tensors(readers: Sequence[CheckpointReader]) -> list[str]:

@@ -22,6 +22,7 @@ import torch
 from megatron_xmtf.checkpoint.directory import find_checkpoint
 from megatron_xmtf.checkpoint.manifest import open_manifest
 from megatron_xmtf.checkpoint.reader import CheckpointReader
+from megatron_xmtf.checkpoint.reading_direction import attends_prefix
 from megatron_xmtf.checkpoint.streamed_write import CHUNK_BYTES, row_ranges
 from megatron_xmtf.conversion.deepspeed_layout import layer_and_key
 from megatron_xmtf.conversion.deepspeed_settings import write_settings
@@ -104,6 +105,7 @@ def export_deepspeed(
             stages=pipeline_parallel_size,
             vocabulary_rows=rows,
             dtype=types["embedding.word_embeddings.weight"],
+            prefix_lm=attends_prefix(checkpoint, manifest),
         )
         (temporary / "latest").write_text(step.name, encoding="utf-8")
         copy_side_files(checkpoint / "hf", temporary / "hf")

@@ -196,6 +196,8 @@ def bloom_config(settings: Mapping[str, Any]) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 3,
+        # The t0loading branch's --prefixlm: inputs were read in both directions.
+        **({"prefix_lm": True} if settings.get("prefixlm") else {}),
     }
 
 

@@ -34,16 +34,19 @@ def write_settings(
     stages: int,
     vocabulary_rows: int,
     dtype: torch.dtype,
+    prefix_lm: bool,
 ) -> None:
     """Write mp_rank_MM_model_states.pt of all model-parallel ranks, the same in each.
 
     Args:  step: optimizer steps done. ranks, stages: tensor- and pipeline-parallel size. vocabulary_rows: of the
            embedding, padding counted. dtype: of the weights.
+           prefix_lm: whether inputs are read in both directions.
     """
     with _their_enum() as position:
         arguments = _arguments(architecture, position, dtype=dtype)
         arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size = ranks, stages
         arguments.padded_vocab_size = vocabulary_rows
+        arguments.prefixlm = prefix_lm
         value = {
             "module": None,
             "buffer_names": [],

@@ -29,7 +29,7 @@ class ZeroFiles(SliceSource):
 
     Args:    tensor_parallel_size: that of the layer files.
     Raises:  CheckpointError: no such files, one missing, or written by a DeepSpeed that does not say which stretch is
-             which parameter (before 0.7.1; ZeRO stages 1 and 2 before 0.7.3).
+             which parameter (before 0.7.0; ZeRO stages 1 and 2 before 0.7.4).
     """
 
     def __init__(self, directory: Path, *, tensor_parallel_size: int) -> None:
@@ -103,7 +103,7 @@ class _Partition:
         if not isinstance(mappings, list) or not isinstance(groups, list) or len(mappings) != len(groups):
             raise CheckpointError(
                 f"{path} does not say which of its fp32 weights is which parameter (`param_slice_mappings`): "
-                "DeepSpeed before 0.7.1 wrote it. Import the layer files with --weights stored."
+                "DeepSpeed before 0.7.0 (0.7.4 for ZeRO) wrote it. Import the layer files with --weights stored."
             )
         self._groups = [self._flat(group) for group in groups]
         self.places: dict[str, tuple[int, int, int]] = {}

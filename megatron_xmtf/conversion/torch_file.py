@@ -14,6 +14,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,8 @@ def open_torch_file(path: Path | str, *, check: bool = True) -> Any:
     path = require_file(path)
     if check:
         check_bytes(path)
-    allowed = [(stand_in, name) for name, stand_in in STAND_INS.items()]
     try:
-        with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
+        with _only_stand_ins():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         # torch's own words advise to load it without the restriction.
@@ -118,6 +118,22 @@ def open_torch_file(path: Path | str, *, check: bool = True) -> Any:
     ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CorruptCheckpointError(f"{path} is damaged: {reason[:200]}. Get it again.") from error
+
+
+@contextmanager
+def _only_stand_ins() -> Iterator[None]:
+    """Let torch's loader find `STAND_INS` and nothing else meanwhile.
+
+    Its list is the process's: Megatron-Core and others put real classes and functions of numpy on it at their import.
+    """
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def check_bytes(path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from megatron_xmtf.checkpoint.manifest import checkpoint_directory, open_manifest, verify_hashes
 from megatron_xmtf.checkpoint.reader import CheckpointReader
+from megatron_xmtf.checkpoint.reading_direction import attends_prefix
 from megatron_xmtf.checkpoint.streamed_write import StreamedWriter
 from megatron_xmtf.cli import main
 from megatron_xmtf.conversion import average
@@ -27,11 +28,14 @@ def draw(seed: int, dtype: torch.dtype = torch.float32) -> Tensors:
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
 
-def write(path: Path, tensors: Tensors, *, step: int = 5, chunk_rows: int = 7, **fields: Any) -> Path:
+def write(
+    path: Path, tensors: Tensors, *, step: int = 5, chunk_rows: int = 7, prefix_lm: bool = False, **fields: Any
+) -> Path:
     """Write a checkpoint with optimizer and RNG state, in chunks of a few rows."""
     architecture = {**ARCHITECTURE.to_mapping(), **fields}
     every = {**tensors, "optimizer.state.exp_avg.a.weight": torch.ones(37, 5), "rng.torch": torch.zeros(1, 1, 1, 8)}
-    settings: dict[str, Any] = {"step": step, "architecture": architecture, "dtype": "float32", "config": None}
+    settings: dict[str, Any] = {"step": step, "architecture": architecture, "dtype": "float32"}
+    settings["config"] = {"batch": {"prefix_lm": True}} if prefix_lm else None
     with checkpoint_directory(path, **settings, consumed_rows=0, contents=["model", "optimizer", "rng"]) as temporary:
         with StreamedWriter(temporary) as writer:
             for name, tensor in every.items():
@@ -117,6 +121,15 @@ def test_wrong_tensors_are_named(tmp_path: Path, change: Tensors, error: type[Ex
 def test_another_architecture(tmp_path: Path) -> None:
     paths = [write(tmp_path / "0", draw(0)), write(tmp_path / "1", draw(1), num_layers=2, hidden_dropout=0.1)]
     refuse(tmp_path, paths, CheckpointError, "1 and .*0 are not of one architecture: num_layers is 2, not 1.")
+
+
+def test_prefix_lms_stay_prefix_lms(tmp_path: Path) -> None:
+    paths = [write(tmp_path / str(n), draw(n), prefix_lm=n < 2) for n in range(3)]
+    average_checkpoints(paths[:2], tmp_path / "average")
+    assert attends_prefix(tmp_path / "average", open_manifest(tmp_path / "average"))
+    average_checkpoints(paths[2:] * 2, tmp_path / "causal")
+    assert not attends_prefix(tmp_path / "causal", open_manifest(tmp_path / "causal"))
+    refuse(tmp_path, paths, CheckpointError, "some of the checkpoints were trained to read inputs in both directions")
 
 
 def test_a_damaged_source(tmp_path: Path) -> None:

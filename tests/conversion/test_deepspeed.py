@@ -352,10 +352,30 @@ def test_a_class_of_no_list_is_refused(step: Path) -> None:
     refuse(step, CorruptCheckpointError, r"refused: it names deepspeed.somewhere.new.Unknown")
 
 
+def test_what_others_allow_is_not_allowed_here(step: Path) -> None:
+    """torch's list of allowed names is the process's; what stands on it is back afterwards."""
+    allowed: Any = (os.mkdir, "shutil.rmtree")
+    canary = step.parent / "canary"
+    torch.save({"args": Payload(canary)}, step / "mp_rank_00_model_states.pt")
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals([allowed, (files.Unknown, "deepspeed.somewhere.new.Unknown")])
+    try:
+        refuse(step, CorruptCheckpointError, "it names posix.mkdir")
+        files.save({"args": files.Unknown()}, step / "mp_rank_00_model_states.pt")
+        refuse(step, CorruptCheckpointError, "it names deepspeed.somewhere.new.Unknown")
+        assert allowed in torch.serialization.get_safe_globals()
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+    assert not canary.exists()
+
+
 def test_partitions_that_do_not_say_what_they_are(step: Path) -> None:
     path = step / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
     torch.save({"optimizer_state_dict": {"single_partition_of_fp32_groups": []}}, path)
-    refuse(step, CheckpointError, "DeepSpeed before 0.7.1 wrote it.*--weights stored", weights="fp32")
+    refuse(
+        step, CheckpointError, r"DeepSpeed before 0.7.0 \(0.7.4 for ZeRO\) wrote it.*--weights stored", weights="fp32"
+    )
 
 
 def test_an_address_outside_of_its_partition(step: Path) -> None:

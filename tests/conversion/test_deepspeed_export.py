@@ -3,6 +3,7 @@
 import json
 import pickletools
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import pytest
 import safetensors.torch
 import torch
 
+from megatron_xmtf.checkpoint.manifest import open_manifest
+from megatron_xmtf.checkpoint.reading_direction import attends_prefix
 from megatron_xmtf.cli import main
 from megatron_xmtf.conversion import deepspeed_export
+from megatron_xmtf.conversion.deepspeed import import_deepspeed
 from megatron_xmtf.conversion.deepspeed_export import export_deepspeed
 from megatron_xmtf.conversion.huggingface import import_huggingface
 from megatron_xmtf.conversion.torch_file import check_bytes
@@ -100,6 +104,17 @@ def test_settings_name_their_classes_and_no_others(model: Path, tmp_path: Path) 
         "__builtin__ set",
     }
     assert (tmp_path / "theirs" / "hf" / "tokenizer.json").is_file()
+
+
+def test_a_prefix_lm_stays_one(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model / "hf", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "prefix_lm": True}))
+    import_huggingface(tmp_path / "hf", tmp_path / "checkpoint")
+    export_deepspeed(tmp_path / "checkpoint", tmp_path / "theirs")
+    import_deepspeed(tmp_path / "theirs", tmp_path / "back")
+    assert attends_prefix(tmp_path / "back", open_manifest(tmp_path / "back"))
+    assert not attends_prefix(model / "checkpoint", open_manifest(model / "checkpoint"))
 
 
 def test_a_vocabulary_that_ranks_cannot_share_is_padded(model: Path, tmp_path: Path) -> None:
