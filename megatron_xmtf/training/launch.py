@@ -81,6 +81,7 @@ def _train_locked(
 ) -> TrainingResult:
     joined, started = departure is not None, time.time()
     is_first = departure is None or os.environ["RANK"] == "0"
+    existed = Path(config.output).is_dir()
     try:
         if departure is None:
             result = _train_local(config, nproc, allowed_changes, lock)
@@ -92,18 +93,18 @@ def _train_locked(
         if is_first or isinstance(error, RankFailedError):
             if joined and is_of_lost_peer(str(error)) and _has_status_since(config, started):
                 raise  # the rank with the cause has said it
-            _write_status(config, error.exit_code, f"{type(error).__name__}: {error}")
+            _write_status(config, existed, error.exit_code, f"{type(error).__name__}: {error}")
         raise
     except BaseException as error:
         # A defect, or Ctrl-C: the status of an earlier part of the run must not stand for this one.
         if is_first:
-            _write_status(config, ExitCode.FAILED, f"{type(error).__name__}: {error}")
+            _write_status(config, existed, ExitCode.FAILED, f"{type(error).__name__}: {error}")
         raise
     if is_first:
         done = f"step {result['last_step']} of {config.train_steps} done"
         stopped = f", stopped by {result['stopped_by']}" if result["stopped_by"] else ""
         steps = {"step": result["last_step"], "train_steps": config.train_steps}
-        _write_status(config, ExitCode(result["exit_code"]), done + stopped, **steps)
+        _write_status(config, existed, ExitCode(result["exit_code"]), done + stopped, **steps)
     return result
 
 
@@ -199,14 +200,15 @@ def _has_status_since(config: RunConfig, started: float) -> bool:
     return path.is_file() and path.stat().st_mtime >= started
 
 
-def _write_status(config: RunConfig, code: ExitCode, message: str, **steps: int) -> None:
+def _write_status(config: RunConfig, existed: bool, code: ExitCode, message: str, **steps: int) -> None:
     """Write `OUT/status.json`; launchers often collapse the exit codes of their workers.
 
-    Args:  steps: `step`, the last one done, and `train_steps`, of a run that ended by itself.
+    Args:  existed: whether the directory was there before this start, so that the status may be all there is in it.
+           steps: `step`, the last one done, and `train_steps`, of a run that ended by itself.
     """
     output = Path(config.output)
     # A refused start leaves no run directory behind: the lock alone goes again.
-    if output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir()):
+    if output.is_dir() and (existed or any(path.name != LOCK_FILE for path in output.iterdir())):
         status = {"exit_code": int(code), "name": code.name, "message": message, **steps}
         try:
             write_json(output / "status.json", status)
