@@ -1,0 +1,235 @@
+"""Checks, products, head and pointwise operations for benchmarks/gpu.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import gpu_timing as timing
+import torch
+from torch import Tensor
+
+from megatron_xmtf.kernels.head_loss import VocabularyShard, choose_head_loss
+from megatron_xmtf.kernels.head_loss import reference as head_reference
+from megatron_xmtf.kernels.packed_attention import choose_packed_attention
+from megatron_xmtf.kernels.packed_attention import reference as packed_reference
+from megatron_xmtf.kernels.packed_attention.reference import alibi_slopes, packed_bias
+from megatron_xmtf.kernels.relative_attention import choose_relative_attention
+from megatron_xmtf.kernels.relative_attention import reference as relative_reference
+
+
+def gradients(function: Callable[..., Tensor], inputs: list[Tensor], cotangent: Tensor) -> list[Tensor]:
+    """Return the output and the gradient of each input."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    output = function(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves, cotangent.to(output.dtype))]
+
+
+def compare(kernel: str, ours: Any, plain: Any, inputs: list[Tensor], names: list[str], mask: Any = 1) -> list[Any]:
+    """Hold one kernel to float64, beside plain torch in the precision of its inputs; mask: 0 on padding."""
+    cotangent = torch.randn_like(plain(*inputs), dtype=torch.float32).to(timing.HALF) * mask
+    found = gradients(ours, inputs, cotangent)
+    other = gradients(plain, inputs, cotangent)
+    exact = gradients(plain, [tensor.double() for tensor in inputs], cotangent)
+    for side in (found, other, exact):
+        side[0] = side[0] * mask
+    return [
+        timing.error_row(kernel, what, *three)
+        for what, *three in zip(["output", *names], found, other, exact, strict=True)
+    ]
+
+
+def checks(name: str, *, smoke: bool) -> dict[str, Any]:
+    """Check every kernel: prime lengths, one-token segments, padding, head_dim that is no power of two, prefix-LM."""
+    generator = timing.fresh_generator()
+    rows: list[dict[str, Any]] = []
+    length, heads = (67, 1) if smoke else (1021, 4)
+    segment_ids = timing.packed_rows(2, length, mean=8 if smoke else 90, generator=generator)
+    real = (segment_ids.t() > 0)[:, :, None]
+    starts = torch.nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
+    place = torch.arange(length, device=timing.DEVICE).expand_as(segment_ids)
+    begin = place.where(starts, torch.zeros_like(place)).cummax(dim=1).values
+    prefix = (place - begin < 5) & (segment_ids > 0)  # the first five tokens of each segment are inputs
+    for head_dim in (16,) if smoke else (64, 80, 96, 128):
+        slopes = alibi_slopes(heads).to(timing.DEVICE)
+        qkv = [timing.draw(length, 2, heads, head_dim, generator=generator) for _ in range(3)]
+        for kind, mask in {"causal": None, "prefix-LM": prefix}.items():
+            chosen = choose_packed_attention("fused", precision="bf16")
+            prepared = chosen.prepare(segment_ids, slopes, mask)
+
+            def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = mask, slopes: Tensor = slopes) -> Tensor:
+                wide = torch.promote_types(q.dtype, torch.float32)
+                return packed_reference.packed_attention(q, k, v, packed_bias(segment_ids, slopes.to(wide), mask))
+
+            def ours(q: Tensor, k: Tensor, v: Tensor, chosen: Any = chosen, prepared: Any = prepared) -> Tensor:
+                context: Tensor = chosen.attend(q, k, v, prepared)
+                return context
+
+            rows += compare(f"packed attention, {kind}, {head_dim}", ours, plain, qkv, ["dq", "dk", "dv"], real)
+    rows += check_relative(segment_ids, generator, smoke=smoke)
+    rows += check_head(generator, smoke=smoke)
+    return {"rows": rows, "seed": generator.initial_seed()}
+
+
+def check_relative(segment_ids: Tensor, generator: torch.Generator, *, smoke: bool) -> list[dict[str, Any]]:
+    """Check encoder, decoder and cross attention, the gradient of the bias among the rest."""
+    rows: list[dict[str, Any]] = []
+    chosen = choose_relative_attention("fused")
+    keys = timing.packed_rows(2, segment_ids.size(1) + 30, mean=8 if smoke else 120, generator=generator)
+    for kind, key_ids, causal in (
+        ("encoder", segment_ids, False),
+        ("decoder", segment_ids, True),
+        ("cross", keys, False),
+    ):
+        heads, head_dim, longest = 1 if smoke else 4, 16 if smoke else 64, max(segment_ids.size(1), key_ids.size(1))
+        sizes = (segment_ids.size(1), key_ids.size(1), key_ids.size(1))
+        inputs = [timing.draw(size, 2, heads, head_dim, generator=generator) for size in sizes]
+        inputs[0] *= 0.3
+        bias = torch.randn(heads, 2 * longest - 1, generator=generator).to(timing.DEVICE)
+        names = ["dq", "dk", "dv"] if kind == "cross" else ["dq", "dk", "dv", "dbias"]
+        prepared = chosen.prepare(segment_ids, key_ids, causal=causal)
+        dense = relative_reference.find_dense_segments(segment_ids, key_ids, causal=causal)
+
+        def ours(q: Tensor, k: Tensor, v: Tensor, b: Tensor | None = None, prepared: Any = prepared) -> Tensor:
+            context: Tensor = chosen.attend(q, k, v, b, prepared, scale=1.0)
+            return context
+
+        def plain(q: Tensor, k: Tensor, v: Tensor, b: Tensor | None = None, dense: Any = dense) -> Tensor:
+            return relative_reference.relative_attention(q, k, v, b, dense, scale=1.0)
+
+        given = inputs if kind == "cross" else [*inputs, bias]
+        rows += compare(f"relative attention, {kind}", ours, plain, given, names)
+    return rows
+
+
+def check_head(generator: torch.Generator, *, smoke: bool) -> list[dict[str, Any]]:
+    """Check the loss over a vocabulary of a prime size, in chunks."""
+    words, hidden_size, count = (5_003, 16, 9) if smoke else (250_681, 1024, 257)
+    inputs = [timing.draw(size, hidden_size, generator=generator) for size in (count, words)]
+    inputs[1] *= 0.05
+    labels = torch.randint(0, words, (count,), generator=generator).to(timing.DEVICE)
+    shard = VocabularyShard(first=0, count=words)
+    loss = choose_head_loss("fused")
+    return compare(
+        "head and loss",
+        lambda hidden, weight: loss(hidden, weight, labels, shard=shard, logits_at_once=words * 100),
+        lambda hidden, weight: wide_head_loss(hidden, weight, labels),
+        inputs,
+        ["d hidden", "d weight"],
+    )
+
+
+def wide_head_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The plain head; in float64 for float64 inputs."""
+    if hidden.dtype == torch.float64:
+        return torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="none")
+    return head_reference.head_loss(hidden, weight, labels)
+
+
+def products(name: str, *, smoke: bool) -> dict[str, Any]:
+    """Time the matrix products of one layer and of the head, bf16."""
+    tokens, rows = (64 if smoke else 8192), []
+    for model, hidden in ({"toy": 32} if smoke else {"560m": 1024, "1b7": 2048, "3b": 2560, "7b1": 4096}).items():
+        for what, columns in (("qkv", 3), ("projection", 1), ("to 4h", 4), ("head", 250_880 / hidden)):
+            width = 512 if smoke else round(columns * hidden)
+            left = torch.randn(tokens, hidden, device=timing.DEVICE).to(timing.HALF)
+            right = torch.randn(width, hidden, device=timing.DEVICE).to(timing.HALF)
+            count = tokens if what != "head" else tokens // 4
+            taken = timing.milliseconds(lambda a=left[:count], b=right: a @ b.t())
+            rate = 2.0 * count * hidden * width / taken / 1e9
+            rows.append({"model": model, "product": what, "tokens": count, "ms": taken, "TFLOP/s": rate})
+    return {"rows": rows}
+
+
+def head(name: str, *, smoke: bool) -> dict[str, Any]:
+    """Time loss and gradients over BLOOM's vocabulary at the target positions of 8,192 tokens, a fifth of them."""
+    words, hidden_size, count = (1_003, 16, 9) if smoke else (250_880, 2048, 1638)
+    generator = timing.fresh_generator()
+    hidden = timing.draw(count, hidden_size, generator=generator).requires_grad_()
+    weight = (timing.draw(words, hidden_size, generator=generator) * 0.02).requires_grad_()
+    labels = torch.randint(0, words, (count,), generator=generator).to(timing.DEVICE)
+    shard = VocabularyShard(first=0, count=words)
+    fused, chunked = choose_head_loss("fused"), choose_head_loss("chunked")
+    sides: dict[str, Callable[[], Tensor]] = {
+        "fused": lambda: fused(hidden, weight, labels, shard=shard).mean(),
+        "chunked": lambda: chunked(hidden, weight, labels, shard=shard).mean(),
+    }
+    sides["plain"] = lambda: head_reference.head_loss(hidden, weight, labels).mean()
+    rows = []
+    if find_spec("liger_kernel") is not None and timing.DEVICE == "cuda":
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+        sides["Liger"] = lambda: liger(weight, hidden, labels)
+    else:
+        rows.append({"side": "Liger", "remark": "not installed, or no GPU"})
+    for side, function in sides.items():
+
+        def both(function: Callable[[], Tensor] = function) -> None:
+            hidden.grad = weight.grad = None
+            function().backward()
+
+        taken, memory = timing.milliseconds(both), timing.peak_gib(both)
+        rate = 6.0 * count * hidden_size * words / taken / 1e9
+        rows.append({"side": side, "ms": taken, "GiB": memory, "TFLOP/s": rate})
+    return {"rows": rows, "note": f"{count} positions, hidden size {hidden_size}, {words} words; GiB: with gradients."}
+
+
+def pointwise(name: str, *, smoke: bool) -> dict[str, Any]:
+    """Time norms and activations, forward and backward, in GB/s of what they must read and write at least."""
+    tokens, hidden = (32, 64) if smoke else (8192, 4096)
+    functional = torch.nn.functional
+    x = torch.randn(tokens, hidden, device=timing.DEVICE).to(timing.HALF).requires_grad_()
+    wide = torch.randn(tokens, 2 * hidden, device=timing.DEVICE).to(timing.HALF).requires_grad_()
+    weight = torch.ones(hidden, device=timing.DEVICE).to(timing.HALF).requires_grad_()
+    shift = torch.zeros(hidden, device=timing.DEVICE).to(timing.HALF).requires_grad_()
+
+    def gated(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return functional.gelu(gate, approximate="tanh") * up
+
+    operations: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+        "LayerNorm": (lambda x: functional.layer_norm(x, (hidden,), weight, shift), x),
+        "RMSNorm": (lambda x: functional.rms_norm(x, (hidden,), weight, 1e-6), x),
+        "bias + tanh-GELU": (lambda x: functional.gelu(x + shift, approximate="tanh"), x),
+        "gated GELU": (gated, wide),
+    }
+    rows: list[dict[str, Any]] = []
+    for what, (function, given) in operations.items():
+        sides: dict[str, Callable[[Tensor], Tensor]] = {"torch": function}
+        if timing.DEVICE == "cuda":
+            sides["torch.compile"] = torch.compile(function, dynamic=False)
+            sides |= liger_sides(what, weight, shift, hidden)
+        for side, operation in sides.items():
+            cotangent = torch.randn_like(operation(given))
+
+            def both(operation: Any = operation, given: Tensor = given, cotangent: Tensor = cotangent) -> None:
+                given.grad = weight.grad = shift.grad = None
+                operation(given).backward(cotangent)
+
+            taken = timing.milliseconds(both)
+            # Forward reads x and writes y; backward reads x and dy and writes dx.
+            moved = 2 * (3 * given.numel() + 2 * cotangent.numel())
+            rows.append({"operation": what, "side": side, "ms": taken, "GB/s": moved / taken / 1e6})
+    return {"rows": rows}
+
+
+def liger_sides(what: str, weight: Tensor, shift: Tensor, hidden: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return Liger's version of an operation, if it is installed and has one."""
+    if find_spec("liger_kernel") is None:
+        return {}
+    from liger_kernel.ops.geglu import LigerGELUMulFunction
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    known: dict[str, Callable[[Tensor], Tensor]] = {
+        "LayerNorm": lambda x: LigerLayerNormFunction.apply(x, weight, shift, 1e-5),
+        "RMSNorm": lambda x: LigerRMSNormFunction.apply(x, weight, 1e-6),
+        "gated GELU": lambda x: LigerGELUMulFunction.apply(*(part.contiguous() for part in x.chunk(2, dim=-1))),
+    }
+    return {"Liger": known[what]} if what in known else {}
+
+
+if __name__ == "__main__":
+    timing.run({"checks": checks, "products": products, "head": head, "pointwise": pointwise})
