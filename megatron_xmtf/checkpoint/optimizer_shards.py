@@ -27,7 +27,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor
 
-from megatron_xmtf.checkpoint.safe_read import CheckpointReader
+from megatron_xmtf.checkpoint.reader import CheckpointReader
 
 __all__ = ["StateBox", "distributed_part", "flat_boxes", "optimizer_boxes", "read_boxes"]
 

@@ -19,7 +19,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -36,7 +36,7 @@ from megatron_xmtf.checkpoint.manifest import FileEntry
 from megatron_xmtf.checkpoint.save_plan import ShardItem
 from megatron_xmtf.files import sha256_file
 
-__all__ = ["ShardWriter", "WrittenPart", "stage_items"]
+__all__ = ["ShardWriter", "WrittenPart", "stage_items", "write_shard"]
 
 FILES_A_RANK = 2
 """Shards of a rank, written and hashed by a thread each."""
@@ -206,7 +206,7 @@ def write_part(
     places: dict[MetadataIndex, _StorageInfo] = {}
     with ThreadPoolExecutor(max_workers=FILES_A_RANK) as pool:
         written = [
-            pool.submit(_write_shard, directory, f"__{rank}_{number}.distcp", bucket)
+            pool.submit(write_shard, directory, f"__{rank}_{number}.distcp", bucket)
             for number, bucket in enumerate(buckets)
         ]
         for future in written:
@@ -276,10 +276,13 @@ def _even_buckets(items: Sequence[ShardItem]) -> list[list[ShardItem]]:
     return buckets
 
 
-def _write_shard(
-    directory: Path, name: str, items: Sequence[ShardItem]
+def write_shard(
+    directory: Path, name: str, items: Iterable[ShardItem]
 ) -> tuple[dict[MetadataIndex, _StorageInfo], dict[str, FileEntry]]:
-    """Write one `.distcp` file: chunks one after the other, each as `torch.save` writes it."""
+    """Write one `.distcp` file: chunks one after the other, each as `torch.save` writes it; flushed to the disk.
+
+    Returns: where each item is, in their order; the file's size and hash.
+    """
     places = {}
     with HashedFile(directory / name) as stream:
         for index, data in items:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_xmtf.checkpoint.agreement import together
 from megatron_xmtf.checkpoint.manifest import CheckpointManifest, open_manifest, verify_hashes
 from megatron_xmtf.checkpoint.optimizer_shards import StateBox, read_boxes
-from megatron_xmtf.checkpoint.safe_read import CheckpointReader, check_safe
+from megatron_xmtf.checkpoint.reader import CheckpointReader, check_safe
 from megatron_xmtf.checkpoint.state import EXTRA_STATE, current_layout, model_state, set_rng_states, training_state
 from megatron_xmtf.errors import CheckpointError, CorruptCheckpointError
 from megatron_xmtf.models.architecture import architecture_from_mapping

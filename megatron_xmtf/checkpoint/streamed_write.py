@@ -32,8 +32,8 @@ from megatron_xmtf.files import write_json
 
 __all__ = ["CHUNK_BYTES", "StreamedWriter", "row_ranges"]
 
-CHUNK_BYTES = 256 << 20
-"""Largest chunk: what a reader loads at once, and several chunks in flight fit any machine."""
+CHUNK_BYTES = 64 << 20
+"""Largest chunk: what a conversion holds at once, some times over, in each of its processes."""
 FILE_BYTES = 8 << 30
 """A file is closed once it is longer than this."""
 

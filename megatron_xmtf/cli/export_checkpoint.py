@@ -36,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write the weights of a model trained with batch.prefix_lm, whose inputs transformers reads causally",
     )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes; default: by the model's size and the cores"
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="begin anew instead of going on where a killed export stopped"
+    )
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
 
@@ -68,7 +74,12 @@ def run(arguments: argparse.Namespace) -> int:
                 "cut for ranks."
             )
         done = export_huggingface(
-            arguments.checkpoint, arguments.output, dtype=dtype, allow_causal=arguments.allow_causal
+            arguments.checkpoint,
+            arguments.output,
+            dtype=dtype,
+            allow_causal=arguments.allow_causal,
+            workers=arguments.workers,
+            restart=arguments.restart,
         )
     if arguments.json:
         paths = {"directory": str(done.directory), "checkpoint": str(done.checkpoint)}

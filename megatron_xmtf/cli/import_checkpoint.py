@@ -45,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="copies that tensor-parallel ranks hold of one weight, where they differ: average (default, as the "
         "published models have), the first rank's, or an error",
     )
+    hf = parser.add_argument_group("with --hf")
+    hf.add_argument("--workers", type=int, metavar="N", help="processes; default: by the model's size and the cores")
+    hf.add_argument(
+        "--restart", action="store_true", help="begin anew instead of going on where a killed import stopped"
+    )
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
 
@@ -86,7 +91,9 @@ def run(arguments: argparse.Namespace) -> int:
         from megatron_xmtf.conversion.huggingface import import_huggingface
 
         _refuse(arguments, "config", "tokenizer", "vocab_size", "weights", "replicas")
-        done = import_huggingface(arguments.hf, arguments.output, dtype=dtype)
+        done = import_huggingface(
+            arguments.hf, arguments.output, dtype=dtype, workers=arguments.workers, restart=arguments.restart
+        )
     if arguments.json:
         print(json.dumps(asdict(done), indent=2, default=str))
         return 0

@@ -1,6 +1,6 @@
 """Hugging Face model -> checkpoint of step 0, streamed a few rows at a time, bit by bit.
 
-    files checked, every tensor matched, assembled (`mapping`), padded, written as torch_dist chunks
+    files checked, every tensor matched, assembled (`mapping`), padded; written by `checkpoint_parts`
 
 Nothing exists under the output's name before all of it is on the disk. The way back is `huggingface_export`.
 """
@@ -8,20 +8,21 @@ Nothing exists under the output's name before all of it is on the disk. The way 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megatron_xmtf.checkpoint.manifest import checkpoint_directory
-from megatron_xmtf.checkpoint.streamed_write import CHUNK_BYTES, StreamedWriter, row_ranges
+from megatron_xmtf.conversion.checkpoint_parts import CheckpointDescription, write_checkpoint
 from megatron_xmtf.conversion.embedding_copies import check_copies, model_architecture
 from megatron_xmtf.conversion.families import mapping_of
 from megatron_xmtf.conversion.huggingface_model import HuggingFaceModel, copy_side_files, dtype_name
 from megatron_xmtf.conversion.mapping import MatchedParameter, check_shapes, match_names
+from megatron_xmtf.conversion.tensor_source import matched_tensor
 from megatron_xmtf.errors import CheckpointError, NonFiniteError
-from megatron_xmtf.progress import Progress
 
-__all__ = ["ImportedModel", "convert_part", "import_huggingface", "match_model"]
+__all__ = ["HuggingFaceSource", "ImportedModel", "convert_part", "import_huggingface", "match_model"]
 
 
 @dataclass(frozen=True)
@@ -37,56 +38,100 @@ class ImportedModel:
     dtype: str
 
 
-def import_huggingface(directory: Path | str, output: Path | str, *, dtype: torch.dtype | None = None) -> ImportedModel:
+def import_huggingface(
+    directory: Path | str,
+    output: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    workers: int | None = None,
+    restart: bool = False,
+) -> ImportedModel:
     """Turn a Hugging Face model into a checkpoint of step 0.
 
-    Memory: one chunk of `streamed_write.CHUNK_BYTES`, twice where it is assembled, whatever the size of the model.
+    Memory: a few times `streamed_write.CHUNK_BYTES` in each process, whatever the size of the model.
 
-    Args:    dtype: type to store; None keeps each tensor's own.
+    Args:    dtype: type to store; None keeps each tensor's own. workers, restart: as in `write_checkpoint`.
     Raises:  CheckpointError: unknown architecture; tensors missing, unexpected, of another shape; parts of one tensor
              of ours in several types.
              NonFiniteError: NaN or Inf in a weight, also one made by the change of type.
              ConfigError: `output` exists. On any error nothing is left at `output`.
     """
     output = Path(output)
-    with HuggingFaceModel(directory) as model:
-        architecture = model_architecture(model)
-        parameters = match_model(model)
-        types = {parameter.ours: dtype or _stored_dtype(model, parameter) for parameter in parameters}
-        stored = {dtype_name(stored_dtype) for stored_dtype in types.values()}
-        stored_name = stored.pop() if len(stored) == 1 else "mixed"
-        total = sum(_bytes(model, parameter) for parameter in parameters)
-        with checkpoint_directory(
+    open_source = partial(HuggingFaceSource, Path(directory), dtype)
+    with open_source() as source:
+        match_model(source.model)
+        stored = {dtype_name(tensor.dtype) for tensor in source.tensors}
+        name = stored.pop() if len(stored) == 1 else "mixed"
+        total = sum(tensor.nbytes for tensor in source.model.tensors.values())
+        write_checkpoint(
             output,
-            step=0,
-            architecture=architecture.to_mapping(),
-            dtype=stored_name,
-            config=None,
-            consumed_rows=0,
-            contents=["model"],
-        ) as temporary:
-            with (
-                Progress("import", total=round(total / 1e6), unit="MB") as progress,
-                StreamedWriter(temporary) as writer,
-            ):
-                for parameter in parameters:
-                    _import_tensor(model, parameter, writer, progress, dtype=types[parameter.ours])
-                writer.finish()
-            copy_side_files(model.directory, temporary / "hf")
-    count = sum(torch.Size(parameter.shape).numel() for parameter in parameters)
-    return ImportedModel(output, len(parameters), count, total, stored_name)
+            open_source,
+            describe=CheckpointDescription(source.architecture.to_mapping(), name),
+            add_files=lambda path: copy_side_files(source.model.directory, path / "hf"),
+            settings={"dtype": str(dtype)},
+            workers=workers,
+            restart=restart,
+        )
+        count = sum(torch.Size(parameter.shape).numel() for parameter in source.parameters.values())
+    return ImportedModel(output, len(source.parameters), count, total, name)
 
 
-def match_model(model: HuggingFaceModel) -> list[MatchedParameter]:
+class HuggingFaceSource:
+    """An opened Hugging Face model as the tensors of a checkpoint; a context manager."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype | None) -> None:
+        self.model = HuggingFaceModel(directory)
+        self.architecture = model_architecture(self.model)
+        # Copies of the embedding are compared once, by `import_huggingface`, and not in every process.
+        self.parameters = {parameter.ours: parameter for parameter in match_model(self.model, copies=False)}
+        self.tensors = [
+            matched_tensor(parameter, dtype or _stored_dtype(self.model, parameter))
+            for parameter in self.parameters.values()
+        ]
+        self._types = {tensor.name: tensor.dtype for tensor in self.tensors}
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of weights."""
+        return sorted({tensor.path for tensor in self.model.tensors.values()})
+
+    def __enter__(self) -> HuggingFaceSource:
+        self.model.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.model.__exit__(*error)
+
+    def read(self, name: str, rows: tuple[int, int]) -> torch.Tensor:
+        """Return our rows [first, last) of a parameter, assembled out of the model's tensors.
+
+        Raises:  NonFiniteError: NaN or Inf. CorruptCheckpointError: a file cannot be read.
+        """
+        parameter, dtype = self.parameters[name], self._types[name]
+        start, end = rows
+        if start >= parameter.shape[0]:
+            return torch.zeros((end - start, *parameter.shape[1:]), dtype=dtype)
+        if len(parameter.hf) == 1:
+            return convert_part(self.model.read(parameter.hf[0], rows=rows), dtype=dtype, name=parameter.hf[0])
+        part = torch.empty((end - start, *parameter.shape[1:]), dtype=dtype)
+        for source_name, source_rows, view in parameter.source_views(part, start=start):
+            read = self.model.read(source_name, rows=source_rows)
+            view.copy_(convert_part(read, dtype=dtype, name=source_name).view(view.shape))
+        return part
+
+
+def match_model(model: HuggingFaceModel, *, copies: bool = True) -> list[MatchedParameter]:
     """Match every tensor of a Hugging Face model to ours, by name and shape.
 
+    Args:    copies: compare copies of the embedding with it, which reads all of them.
     Raises:  CheckpointError: missing, unexpected or misshaped tensors, or a copy of the embedding that differs from it.
     """
     mapping, what = mapping_of(model_architecture(model)), str(model.directory)
     parameters = match_names(mapping, names=model.tensors, what=what, side="hf")
     shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
     check_shapes(parameters, shapes, what=what, side="hf")
-    check_copies(model, mapping, parameters)
+    if copies:
+        check_copies(model, mapping, parameters)
     return parameters
 
 
@@ -109,39 +154,6 @@ def _check_finite(part: torch.Tensor, message: str) -> None:
         raise NonFiniteError(message)
 
 
-def _import_tensor(
-    model: HuggingFaceModel,
-    parameter: MatchedParameter,
-    writer: StreamedWriter,
-    progress: Progress,
-    *,
-    dtype: torch.dtype,
-) -> None:
-    rows, padded_rows = parameter.shape[0], parameter.padded_shape[0]
-    row_bytes = _bytes(model, parameter) // rows
-    rest = (0,) * (len(parameter.shape) - 1)
-    for start, end in parameter.row_ranges(row_bytes, chunk_bytes=CHUNK_BYTES):
-        part = _read_rows(model, parameter, rows=(start, end), dtype=dtype)
-        writer.write(parameter.ours, part, offsets=(start, *rest), shape=parameter.padded_shape)
-        progress.advance(round(end * row_bytes / 1e6) - round(start * row_bytes / 1e6))
-    for start, end in row_ranges(padded_rows - rows, row_bytes, chunk_bytes=CHUNK_BYTES):
-        zeros = torch.zeros((end - start, *parameter.shape[1:]), dtype=dtype)
-        writer.write(parameter.ours, zeros, offsets=(rows + start, *rest), shape=parameter.padded_shape)
-
-
-def _read_rows(
-    model: HuggingFaceModel, parameter: MatchedParameter, *, rows: tuple[int, int], dtype: torch.dtype
-) -> torch.Tensor:
-    """Return our rows [start, end) of a parameter, assembled out of the model's tensors."""
-    start, end = rows
-    if len(parameter.hf) == 1:
-        return convert_part(model.read(parameter.hf[0], rows=rows), dtype=dtype, name=parameter.hf[0])
-    part = torch.empty((end - start, *parameter.shape[1:]), dtype=dtype)
-    for name, source_rows, view in parameter.source_views(part, start=start):
-        view.copy_(convert_part(model.read(name, rows=source_rows), dtype=dtype, name=name).view(view.shape))
-    return part
-
-
 def _stored_dtype(model: HuggingFaceModel, parameter: MatchedParameter) -> torch.dtype:
     """Return the type that all parts of a parameter are stored in.
 
@@ -155,7 +167,3 @@ def _stored_dtype(model: HuggingFaceModel, parameter: MatchedParameter) -> torch
             "Give the type to convert all weights to (--dtype)."
         )
     return next(iter(types.values()))
-
-
-def _bytes(model: HuggingFaceModel, parameter: MatchedParameter) -> int:
-    return torch.Size(parameter.shape).numel() * model.tensors[parameter.hf[0]].dtype.itemsize

@@ -8,8 +8,8 @@ Nothing exists under the output's name before all of it is on the disk.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,20 @@ from typing import Any
 import torch
 
 from megatron_xmtf.checkpoint.directory import find_checkpoint
-from megatron_xmtf.checkpoint.manifest import CheckpointManifest, open_manifest
+from megatron_xmtf.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest, open_manifest
+from megatron_xmtf.checkpoint.reader import CheckpointReader
 from megatron_xmtf.checkpoint.reading_direction import attends_prefix
-from megatron_xmtf.checkpoint.safe_read import CheckpointReader
+from megatron_xmtf.conversion.export_parts import ExportPlan, write_weights
 from megatron_xmtf.conversion.families import mapping_of
-from megatron_xmtf.conversion.huggingface import convert_part
 from megatron_xmtf.conversion.huggingface_model import config_dtype, copy_side_files, dtype_name, read_config
 from megatron_xmtf.conversion.mapping import MatchedParameter, check_shapes, match_names
 from megatron_xmtf.conversion.model_card import model_card
-from megatron_xmtf.conversion.safetensors_file import SafetensorsWriter, TensorHeader, plan_shards
+from megatron_xmtf.conversion.safetensors_file import SafetensorsFile, TensorHeader, plan_shards
+from megatron_xmtf.data.journal import input_identity
+from megatron_xmtf.data.working_directory import working_directory
 from megatron_xmtf.errors import ConfigError, CorruptCheckpointError
-from megatron_xmtf.files import atomic_directory, write_json
+from megatron_xmtf.files import disk_errors, write_json
 from megatron_xmtf.models.architecture import architecture_from_mapping
-from megatron_xmtf.progress import Progress
 
 __all__ = ["ExportedModel", "export_huggingface", "match_checkpoint"]
 
@@ -53,17 +54,26 @@ class ExportedModel:
 
 
 def export_huggingface(
-    checkpoint: Path | str, output: Path | str, *, dtype: torch.dtype | None = None, allow_causal: bool = False
+    checkpoint: Path | str,
+    output: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_causal: bool = False,
+    workers: int | None = None,
+    restart: bool = False,
 ) -> ExportedModel:
     """Write the weights of a checkpoint as `save_pretrained` would, with config, tokenizer files and a model card.
 
-    Memory: the rows of one stored chunk twice; an imported model's chunks have at most 256 MiB.
+    Memory: a few times `streamed_write.CHUNK_BYTES` in each process, whatever the size of the model and of the stored
+    chunks.
 
     Args:    checkpoint: one, or a run directory (its newest). dtype: type to write; None keeps each tensor's own.
              allow_causal: write the weights of a prefix-LM, which `transformers` will run causally; config.json gets
-             "prefix_lm": true, and the model card says so.
+             "prefix_lm": true, and the model card says so. workers: processes; None: as many as there are cores where
+             the model is large. restart: throw away what an interrupted export left.
     Raises:  MissingError, CorruptCheckpointError: not there, not whole. CheckpointError: tensors missing or unexpected.
              NonFiniteError: NaN or Inf in a weight. ConfigError: `output` exists; a prefix-LM without `allow_causal`.
+             DatasetError: another export to `output` runs, or an interrupted one was another.
              On any error nothing is left there.
     """
     output, checkpoint = Path(output), find_checkpoint(checkpoint)
@@ -75,34 +85,46 @@ def export_huggingface(
             "would read them causally: another model with the same weights. `xmtf evaluate --checkpoint` and `xmtf "
             "generate --checkpoint` run it as trained; `xmtf export --allow-causal` writes the weights all the same."
         )
+    if output.exists():
+        raise ConfigError(f"{output} exists already and is not overwritten; remove it or choose another name.")
     mapping = mapping_of(architecture_from_mapping(manifest.architecture))
-    with CheckpointReader(checkpoint) as reader, atomic_directory(output) as temporary:
+    with CheckpointReader(checkpoint) as reader:
         parameters = match_checkpoint(reader, manifest)
-        copy_side_files(checkpoint / "hf", temporary)
-        headers = [
-            TensorHeader(name, parameter.source_shape, dtype or reader.tensors[parameter.ours].dtype)
-            for parameter in parameters
-            for name in (*parameter.hf, *(mapping.repeated[name] for name in parameter.hf if name in mapping.repeated))
-        ]
-        stored = {dtype_name(header.dtype) for header in headers}
-        name = stored.pop() if len(stored) == 1 else "mixed"
-        _write_config(temporary, name, architecture_class=mapping.architecture_class, prefix_lm=prefix_lm)
-        shards = plan_shards(headers)
-        again = set(mapping.repeated.values())
-        count = sum(torch.Size(header.shape).numel() for header in headers if header.name not in again)
-        total = sum(header.bytes for header in headers)
-        _write_weights(temporary, shards, reader=reader, parameters=parameters, repeated=mapping.repeated)
-        _write_index(temporary, shards, parameters=count)
+        types = {
+            name: dtype or reader.tensors[parameter.ours].dtype for parameter in parameters for name in parameter.hf
+        }
+    repeated = {name: again for name, again in mapping.repeated.items() if name in types}
+    types |= {again: types[name] for name, again in repeated.items()}
+    headers = [
+        TensorHeader(target, parameter.source_shape, types[name])
+        for parameter in parameters
+        for name in parameter.hf
+        for target in (name, *([repeated[name]] if name in repeated else []))
+    ]
+    stored = {dtype_name(header.dtype) for header in headers}
+    name = stored.pop() if len(stored) == 1 else "mixed"
+    files = [SafetensorsFile(file_name, shard) for file_name, shard in plan_shards(headers).items()]
+    count = sum(math.prod(header.shape) for header in headers if header.name not in repeated.values())
+    key = {
+        "what": "export",
+        "inputs": [input_identity(checkpoint / MANIFEST_NAME)],
+        "dtype": str(dtype),
+        "files": {file.name: file.bytes for file in files},
+    }
+    with disk_errors(output), working_directory(output, key=key, restart=restart) as directory:
+        plan = ExportPlan(checkpoint, directory.path, parameters, files, types, repeated)
+        write_weights(plan, directory, key=key, workers=workers)
+        copy_side_files(checkpoint / "hf", directory.path)
+        _write_config(directory.path, name, architecture_class=mapping.architecture_class, prefix_lm=prefix_lm)
+        _write_index(directory.path, files, parameters=count)
         card = model_card(
-            manifest,
-            dtype=name,
-            parameters=count,
-            architecture_class=mapping.architecture_class,
-            prefix_lm=prefix_lm,
+            manifest, dtype=name, parameters=count, architecture_class=mapping.architecture_class, prefix_lm=prefix_lm
         )
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-    files = tuple(sorted(path.name for path in output.iterdir()))
-    return ExportedModel(output, checkpoint, manifest.step, len(headers), count, total, name, files)
+        (directory.path / "README.md").write_text(card, encoding="utf-8")
+        directory.publish(output)
+    total = sum(header.bytes for header in headers)
+    names = tuple(sorted(path.name for path in output.iterdir()))
+    return ExportedModel(output, checkpoint, manifest.step, len(headers), count, total, name, names)
 
 
 def match_checkpoint(reader: CheckpointReader, manifest: CheckpointManifest) -> list[MatchedParameter]:
@@ -119,38 +141,11 @@ def match_checkpoint(reader: CheckpointReader, manifest: CheckpointManifest) -> 
     return parameters
 
 
-def _write_weights(
-    directory: Path,
-    shards: dict[str, list[TensorHeader]],
-    *,
-    reader: CheckpointReader,
-    parameters: list[MatchedParameter],
-    repeated: Mapping[str, str],
-) -> None:
-    """Write all files of weights at once: what one stored chunk is taken apart into may lie in several."""
-    total = sum(header.bytes for shard in shards.values() for header in shard)
-    with Progress("export", total=round(total / 1e6), unit="MB") as progress, ExitStack() as stack:
-        writers: dict[str, tuple[SafetensorsWriter, torch.dtype]] = {}
-        for file_name, shard in shards.items():
-            writer = stack.enter_context(SafetensorsWriter(directory / file_name, shard))
-            writers.update({header.name: (writer, header.dtype) for header in shard})
-        written = 0
-        for parameter in parameters:
-            for start, end in reader.row_parts(parameter.ours, rows=parameter.shape[0]):
-                part = reader.read(parameter.ours, rows=(start, end))
-                for name, _, view in parameter.source_views(part, start=start):
-                    converted = convert_part(view, dtype=writers[name][1], name=parameter.ours)
-                    for target in (name, *([repeated[name]] if name in repeated else [])):
-                        writers[target][0].write(target, converted)
-                        progress.advance(round((written + converted.nbytes) / 1e6) - round(written / 1e6))
-                        written += converted.nbytes
-
-
-def _write_index(directory: Path, shards: dict[str, list[TensorHeader]], *, parameters: int) -> None:
-    if len(shards) == 1:
+def _write_index(directory: Path, files: Sequence[SafetensorsFile], *, parameters: int) -> None:
+    if len(files) == 1:
         return
-    total = sum(header.bytes for shard in shards.values() for header in shard)
-    weight_map = {header.name: name for name, shard in shards.items() for header in shard}
+    total = sum(header.bytes for file in files for header in file.headers)
+    weight_map = {header.name: file.name for file in files for header in file.headers}
     contents = {
         "metadata": {"total_parameters": parameters, "total_size": total},
         "weight_map": dict(sorted(weight_map.items())),

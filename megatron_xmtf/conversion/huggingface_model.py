@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_xmtf.checkpoint.stored_chunk import DAMAGE
 from megatron_xmtf.errors import CheckpointError, ConfigError, CorruptCheckpointError, MissingError
 from megatron_xmtf.files import read_json, require_directory, require_file, safe_child
 
@@ -60,6 +61,11 @@ class HuggingFaceTensor:
     dtype: torch.dtype
     path: Path
     """File that holds it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class HuggingFaceModel:
@@ -231,8 +237,9 @@ def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
         raise CorruptCheckpointError(
             f"{path} is refused: it holds more than tensors, or is damaged. Ask for a safetensors version of the model."
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise CorruptCheckpointError(f"{path} is damaged: {str(error).splitlines()[0]}. Get it again.") from error
+    except DAMAGE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CorruptCheckpointError(f"{path} is damaged: {reason}. Get it again.") from error
     if not isinstance(value, dict) or not all(isinstance(item, torch.Tensor) for item in value.values()):
         raise CheckpointError(f"{path} is not a flat dictionary of tensors.")
     return value

@@ -1,4 +1,4 @@
-"""Write a safetensors file tensor by tensor, in memory of a few rows.
+"""Write safetensors files a few rows at a time, from several processes.
 
 The library's own `save_file` takes all tensors of a file at once. The layout (safetensors' format description):
 
@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO
 
 import torch
 
-__all__ = ["SHARD_BYTES", "SafetensorsWriter", "TensorHeader", "plan_shards"]
+__all__ = ["SHARD_BYTES", "SafetensorsFile", "TensorHeader", "plan_shards"]
 
 SHARD_BYTES = 5_000_000_000
 """Largest file; one tensor that is larger gets its own. 5 GB: what `save_pretrained` did up to transformers 4."""
@@ -61,58 +60,57 @@ def plan_shards(headers: Sequence[TensorHeader], *, shard_bytes: int = SHARD_BYT
     return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
 
 
-class SafetensorsWriter:
-    """Write the tensors of one file, each in one or several parts, the tensors in any order; a context manager."""
+class SafetensorsFile:
+    """Where the tensors of one file lie; it is made at its full length, then any rows are written in any order.
 
-    def __init__(self, path: Path, headers: Sequence[TensorHeader]) -> None:
+    Args:    name: of the file. headers: its tensors.
+    """
+
+    def __init__(self, name: str, headers: Sequence[TensorHeader]) -> None:
         assert sys.byteorder == "little", "the format is little-endian, and so is every machine that torch runs on"
-        self.path = path
+        self.name = name
         self.headers = sorted(headers, key=lambda header: (-header.dtype.itemsize, header.name))
         """In the order of the file: wide types first, so that every tensor is aligned; then by name."""
-        self._stream: IO[bytes] | None = None
-        self._places: dict[str, tuple[int, int]] = {}
-        """Name -> where in the file its next rows go, and where it ends."""
-
-    def __enter__(self) -> SafetensorsWriter:
         contents: dict[str, object] = {"__metadata__": {"format": "pt"}}
         begin = 0
         for header in self.headers:
-            end = begin + header.bytes
             contents[header.name] = {
                 "dtype": DTYPE_NAMES[header.dtype],
                 "shape": list(header.shape),
-                "data_offsets": [begin, end],
+                "data_offsets": [begin, begin + header.bytes],
             }
-            self._places[header.name] = (begin, end)
-            begin = end
+            begin += header.bytes
         text = json.dumps(contents, separators=(",", ":")).encode("utf-8")
         text += b" " * (-len(text) % 8)
-        self._stream = open(self.path, "wb")
-        self._stream.write(struct.pack("<Q", len(text)) + text)
-        data = self._stream.tell()
-        self._places = {name: (data + begin, data + end) for name, (begin, end) in self._places.items()}
-        return self
+        self.head = struct.pack("<Q", len(text)) + text
+        """Bytes before the tensors' own."""
+        self.bytes = len(self.head) + begin
+        """Length of the file."""
+        self.places: dict[str, int] = {}
+        """Tensor -> byte of the file where it begins."""
+        self._shapes = {header.name: header.shape for header in self.headers}
+        place = len(self.head)
+        for header in self.headers:
+            self.places[header.name] = place
+            place += header.bytes
 
-    def write(self, name: str, part: torch.Tensor) -> None:
-        """Append the next rows of a tensor.
+    def create(self, directory: Path) -> None:
+        """Make the file, all its numbers zero."""
+        with open(directory / self.name, "xb") as stream:
+            stream.write(self.head)
+            stream.truncate(self.bytes)
+            stream.flush()
+            os.fsync(stream.fileno())
 
-        Args:  part: on the CPU, in the type of its header.
+    def write_rows(self, descriptor: int, name: str, part: torch.Tensor, *, first: int) -> int:
+        """Write rows of a tensor from row `first` on, and return their bytes.
+
+        Args:    descriptor: of the file, opened for writing. part: [rows, ...] on the CPU, in the type of its header.
         """
-        assert self._stream is not None, "the file is open inside `with`"
-        place, end = self._places[name]
-        assert place + part.nbytes <= end, f"{name}: more rows than its header says"
-        if self._stream.tell() != place:
-            self._stream.seek(place)
+        place = self.places[name] + first * math.prod(self._shapes[name][1:]) * part.dtype.itemsize
         # numpy knows no bfloat16: the bytes are what is written.
-        data = part.contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._stream.write(data.data)
-        self._places[name] = (place + part.nbytes, end)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._stream is not None, "the file is open inside `with`"
-        self._stream.close()
-        if error is None:
-            short = [name for name, (place, end) in self._places.items() if place != end]
-            assert not short, f"{self.path}: rows of {', '.join(short)} were never written"
+        left = part.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        while left:
+            count = os.pwrite(descriptor, left, place)
+            left, place = left[count:], place + count
+        return part.nbytes

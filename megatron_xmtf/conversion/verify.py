@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_xmtf.checkpoint.manifest import open_manifest
-from megatron_xmtf.checkpoint.safe_read import CheckpointReader
+from megatron_xmtf.checkpoint.reader import CheckpointReader
+from megatron_xmtf.checkpoint.streamed_write import CHUNK_BYTES
 from megatron_xmtf.conversion.embedding_copies import model_architecture
 from megatron_xmtf.conversion.huggingface import match_model
 from megatron_xmtf.conversion.huggingface_export import match_checkpoint
@@ -79,7 +80,7 @@ def _compare_parameter(
 ) -> dict[str, float | None]:
     """Compare the Hugging Face tensors of one parameter: name -> largest difference, None where no bit differs."""
     found: dict[str, float | None] = dict.fromkeys(parameter.hf)
-    for start, end in reader.row_parts(parameter.ours, rows=parameter.shape[0]):
+    for start, end in parameter.row_ranges(reader.row_bytes(parameter.ours), chunk_bytes=CHUNK_BYTES):
         part = reader.read(parameter.ours, rows=(start, end))
         for name, rows, view in parameter.source_views(part, start=start):
             dtype = narrower(part.dtype, model.tensors[name].dtype)

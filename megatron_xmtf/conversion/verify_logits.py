@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_xmtf.checkpoint.manifest import open_manifest
+from megatron_xmtf.checkpoint.reader import CheckpointReader
 from megatron_xmtf.checkpoint.reading_direction import attends_prefix
-from megatron_xmtf.checkpoint.safe_read import CheckpointReader
 from megatron_xmtf.config.schema import ParallelConfig
 from megatron_xmtf.conversion.embedding_copies import model_architecture
 from megatron_xmtf.conversion.huggingface_export import match_checkpoint

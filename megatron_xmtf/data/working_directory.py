@@ -16,16 +16,17 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_xmtf.data.dataset_manifest import COMMITTING, manifest_path, unfinished_directories
 from megatron_xmtf.data.journal import JOURNAL, Journal, key_difference
-from megatron_xmtf.errors import DatasetError
-from megatron_xmtf.files import temporary_name
+from megatron_xmtf.errors import ConfigError, DatasetError, XmtfError
+from megatron_xmtf.files import fsync_directory, fsync_tree, temporary_name
 
-__all__ = ["MANIFEST", "WorkingDirectory"]
+__all__ = ["LOCK", "MANIFEST", "WorkingDirectory", "working_directory"]
 
 logger = logging.getLogger(__name__)
 LOCK = "lock"
@@ -93,11 +94,44 @@ class WorkingDirectory:
             self._lock.close()
             self._lock = None
 
+    def publish(self, path: Path) -> None:
+        """Flush everything in it and rename it to `path`: for an output that is one directory.
+
+        Raises:  ConfigError: `path` has come to exist.
+        """
+        for name in (JOURNAL, LOCK):
+            (self.path / name).unlink(missing_ok=True)
+        fsync_tree(self.path)
+        if path.exists():
+            raise ConfigError(f"{path} was made by another process meanwhile; this output is not published.")
+        os.replace(self.path, path)
+        fsync_directory(path.parent)
+        self.release()
+
     def remove(self) -> None:
         """Delete the directory, its journal first: without it nobody takes over what is left of a half-deleted one."""
         (self.path / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
         self.release()
+
+
+@contextmanager
+def working_directory(prefix: Path, *, key: Mapping[str, Any], restart: bool) -> Iterator[WorkingDirectory]:
+    """Yield the working directory of `prefix`, which is left to a later run if this one is stopped.
+
+    An error of the user's, which would come again, removes it; a signal, a kill, or a defect leaves it.
+
+    Raises:  DatasetError: as `WorkingDirectory.take`.
+    """
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    directory = WorkingDirectory.take(prefix, key=key, restart=restart)
+    try:
+        yield directory
+    except (XmtfError, OSError):
+        directory.remove()
+        raise
+    finally:
+        directory.release()
 
 
 def _is_finished(path: Path, prefix: Path) -> bool:

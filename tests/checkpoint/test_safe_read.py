@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
-from megatron_xmtf.checkpoint.safe_read import CheckpointReader, check_safe, read_metadata
+from megatron_xmtf.checkpoint.reader import CheckpointReader, check_safe
+from megatron_xmtf.checkpoint.safe_read import read_metadata
+from megatron_xmtf.checkpoint.stored_chunk import StoredChunk
 from megatron_xmtf.checkpoint.streamed_write import StreamedWriter, row_ranges
 from megatron_xmtf.errors import CorruptCheckpointError, MissingError
 
@@ -55,8 +59,42 @@ def test_rows_are_read_across_chunks(checkpoint: Path) -> None:
         for rows in ((0, 0), (0, 4), (3, 6), (9, 10)):
             assert torch.equal(reader.read("weight", rows=rows), WEIGHT[rows[0] : rows[1]])
         assert reader.read("bias").dtype == torch.bfloat16
-        assert reader.row_parts("weight", rows=9) == [(0, 4), (4, 9)]
         assert reader.tensors["weight"].bytes == 240
+
+
+def test_some_rows_cost_the_memory_of_these_rows(tmp_path: Path) -> None:
+    whole = torch.arange(24 << 20, dtype=torch.float32).view(-1, 1024)  # 96 MiB in one chunk
+    with StreamedWriter(tmp_path) as writer:
+        writer.write("odd", torch.ones(3), offsets=(0,), shape=(3,))  # what follows is aligned to nothing
+        writer.write("weight", whole, offsets=(0, 0), shape=tuple(whole.shape))
+        writer.finish()
+    expected = whole[20_000:20_002].clone()
+    del whole
+    # A process of its own: the peak of this one is that of every test before.
+    program = (
+        "import resource, sys, torch\n"
+        "from megatron_xmtf.checkpoint.reader import CheckpointReader\n"
+        "with CheckpointReader(sys.argv[1]) as reader:\n"
+        "    reader.read('odd')\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "    torch.save(reader.read('weight', rows=(20_000, 20_002)), sys.argv[1] + '/rows.pt')\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    assert torch.equal(torch.load(tmp_path / "rows.pt"), expected)
+    assert int(done.stdout) < 16 << 10, "KiB"
+
+
+def test_numbers_that_do_not_lie_in_one_piece_are_read_whole(tmp_path: Path) -> None:
+    turned = WEIGHT.t()
+    with open(tmp_path / "chunk", "wb") as stream:
+        torch.save(turned, stream)
+    with open(tmp_path / "chunk", "rb") as stream:
+        length = (tmp_path / "chunk").stat().st_size
+        found = StoredChunk.find(stream, offset=0, length=length, what="chunk")
+        assert found.shape == (6, 10) and found.offset is None
+        with pytest.raises(CorruptCheckpointError, match="chunk is damaged"):
+            StoredChunk.find(stream, offset=0, length=length - 7, what="chunk")
 
 
 def test_torch_reads_what_is_streamed(checkpoint: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, BlenderbotConfig, BlenderbotForConditionalGeneration
 
-from megatron_xmtf.checkpoint.safe_read import CheckpointReader
+from megatron_xmtf.checkpoint.reader import CheckpointReader
 from megatron_xmtf.config import ParallelConfig
-from megatron_xmtf.conversion import huggingface, huggingface_export
+from megatron_xmtf.conversion import checkpoint_parts, huggingface_export, tensor_source
 from megatron_xmtf.conversion.families import mapping_of
 from megatron_xmtf.conversion.huggingface import import_huggingface
 from megatron_xmtf.conversion.huggingface_export import export_huggingface
@@ -69,7 +69,8 @@ def test_round_trip_keeps_every_bit(
     tmp_path: Path, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = write_model(tmp_path / "model", dtype=dtype)
-    monkeypatch.setattr(huggingface, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(tensor_source, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(checkpoint_parts, "FILE_BYTES", 10 * chunk)
     monkeypatch.setattr(huggingface_export, "plan_shards", partial(plan_shards, shard_bytes=40_000))
     done = import_huggingface(tmp_path / "model", tmp_path / "checkpoint")
     by_hand = by_our_names(tensors)

@@ -14,12 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_xmtf.checkpoint.manifest import checkpoint_directory, open_manifest, verify_hashes
-from megatron_xmtf.checkpoint.safe_read import CheckpointReader, check_safe
+from megatron_xmtf.checkpoint.reader import CheckpointReader, check_safe
 from megatron_xmtf.checkpoint.streamed_write import StreamedWriter
-from megatron_xmtf.conversion import huggingface, huggingface_export
+from megatron_xmtf.conversion import checkpoint_parts, huggingface_export, tensor_source
 from megatron_xmtf.conversion.huggingface import import_huggingface
 from megatron_xmtf.conversion.huggingface_export import export_huggingface
-from megatron_xmtf.conversion.safetensors_file import SafetensorsWriter, TensorHeader, plan_shards
+from megatron_xmtf.conversion.safetensors_file import SafetensorsFile, TensorHeader, plan_shards
 from megatron_xmtf.errors import (
     CheckpointError,
     ConfigError,
@@ -92,7 +92,8 @@ def test_round_trip_keeps_every_bit(
 ) -> None:
     tensors = write_model(tmp_path / "model", dtype=dtype, shard=shard)
     # Chunks of a few rows, and files of a few tensors: the paths that a large model takes.
-    monkeypatch.setattr(huggingface, "CHUNK_BYTES", 1500)
+    monkeypatch.setattr(tensor_source, "CHUNK_BYTES", 1500)
+    monkeypatch.setattr(checkpoint_parts, "FILE_BYTES", 10 * 1500)
     monkeypatch.setattr(huggingface_export, "plan_shards", partial(plan_shards, shard_bytes=40_000))
     done = import_huggingface(tmp_path / "model", tmp_path / "checkpoint")
     assert (done.tensors, done.dtype) == (29, str(dtype).removeprefix("torch."))
@@ -386,10 +387,15 @@ def test_the_file_is_what_the_library_reads(tmp_path: Path) -> None:
         "half": torch.randn(2, 3, 4).half(),
     }
     headers = [TensorHeader(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
-    with SafetensorsWriter(tmp_path / "x.safetensors", headers) as writer:
-        for header in writer.headers:
-            for part in [tensors[header.name]] if header.name == "scalar" else tensors[header.name].split(2):
-                writer.write(header.name, part)
+    file = SafetensorsFile("x.safetensors", headers)
+    file.create(tmp_path)
+    with open(tmp_path / "x.safetensors", "r+b") as stream:
+        for name, tensor in tensors.items():
+            if name == "scalar":
+                file.write_rows(stream.fileno(), name, tensor, first=0)
+                continue
+            for first in reversed(range(0, len(tensor), 2)):
+                file.write_rows(stream.fileno(), name, tensor[first : first + 2], first=first)
     assert same_bits(safetensors.torch.load_file(tmp_path / "x.safetensors"), tensors)
     with open(tmp_path / "x.safetensors", "rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))

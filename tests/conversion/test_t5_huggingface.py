@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from megatron_xmtf.checkpoint.manifest import checkpoint_directory, open_manifest, verify_hashes
-from megatron_xmtf.checkpoint.safe_read import CheckpointReader, check_safe
+from megatron_xmtf.checkpoint.reader import CheckpointReader, check_safe
 from megatron_xmtf.checkpoint.streamed_write import StreamedWriter
-from megatron_xmtf.conversion import huggingface, huggingface_export
+from megatron_xmtf.conversion import checkpoint_parts, huggingface_export, tensor_source
 from megatron_xmtf.conversion.embedding_copies import directory_architecture
 from megatron_xmtf.conversion.huggingface import import_huggingface
 from megatron_xmtf.conversion.huggingface_export import export_huggingface
@@ -85,7 +85,8 @@ def test_round_trip_keeps_every_bit(
     tmp_path: Path, kind: str, dtype: torch.dtype, shard: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = write_model(tmp_path / "model", kind, dtype=dtype, shard=shard)
-    monkeypatch.setattr(huggingface, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(tensor_source, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(checkpoint_parts, "FILE_BYTES", 10 * chunk)
     monkeypatch.setattr(huggingface_export, "plan_shards", partial(plan_shards, shard_bytes=40_000))
     done = import_huggingface(tmp_path / "model", tmp_path / "checkpoint")
     assert done.dtype == str(dtype).removeprefix("torch.")

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from megatron_xmtf.checkpoint.manifest import open_manifest
-from megatron_xmtf.checkpoint.safe_read import CheckpointReader
+from megatron_xmtf.checkpoint.reader import CheckpointReader
 from megatron_xmtf.config import RunConfig, config_from_mapping
 from megatron_xmtf.conversion import initialize
 from megatron_xmtf.conversion.huggingface_export import export_huggingface

@@ -1,0 +1,194 @@
+"""Read tensors of a checkpoint by name, some rows at a time, without Megatron-Core and without running anything.
+
+.metadata     which chunk of which tensor is at which bytes of which file: allow-listed (`safe_read`)
+*.distcp      the chunks: torch's restricted loader for what describes them, plain bytes for their numbers
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_xmtf.checkpoint.safe_read import COMMON_NAME, read_metadata
+from megatron_xmtf.checkpoint.stored_chunk import StoredChunk, load_restricted
+from megatron_xmtf.errors import CorruptCheckpointError
+from megatron_xmtf.files import require_file
+
+__all__ = ["CheckpointReader", "StoredTensor", "check_safe"]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One global tensor of a checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Size of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def check_safe(directory: Path | str) -> None:
+    """Check everything in a checkpoint that torch would unpickle; call it before Megatron-Core's own load.
+
+    `.metadata` through the allow-list; `common.pt` and every byte object with torch's restricted loader.
+
+    Raises:  MissingError, CorruptCheckpointError: names the file or entry and the refused name.
+    """
+    directory = Path(directory)
+    with CheckpointReader(directory) as reader:
+        for key, entry in reader.metadata.state_dict_metadata.items():
+            if isinstance(entry, BytesStorageMetadata):
+                reader.read_object(key)
+    with open(require_file(directory / COMMON_NAME), "rb") as stream:
+        load_restricted(stream, directory / COMMON_NAME)
+
+
+class CheckpointReader:
+    """An opened checkpoint; a context manager. Memory: what is read, and no more of a chunk than is asked for."""
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self.metadata = read_metadata(directory)
+        self.tensors: dict[str, StoredTensor] = {
+            key: StoredTensor(tuple(entry.size), entry.properties.dtype)
+            for key, entry in self.metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        self._found: dict[MetadataIndex, StoredChunk] = {}
+        self._name: str | None = None
+        self._stream: IO[bytes] | None = None
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    def read(self, key: str, *, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """Return a tensor, or its rows [start, end) along the first dimension, in the stored type.
+
+        Args:    key: a name in `tensors`. rows: 0 <= start <= end <= shape[0]; None for all, and for scalars.
+        Raises:  CorruptCheckpointError: a chunk cannot be read, or is not of the type or shape that it should be.
+        """
+        stored, entry = self.tensors[key], self.metadata.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata), f"{key} is not a tensor"
+        if not stored.shape:
+            return self._rows(key, entry.chunks[0], stored.dtype, None).reshape(())
+        start, end = rows if rows is not None else (0, stored.shape[0])
+        assert 0 <= start <= end <= stored.shape[0], f"{key} {stored.shape} has no rows {rows}"
+        for chunk in entry.chunks:
+            first, last = chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
+            if first <= start and end <= last and tuple(chunk.sizes[1:]) == stored.shape[1:]:
+                return self._rows(key, chunk, stored.dtype, (start - first, end - first))
+        result = torch.empty((end - start, *stored.shape[1:]), dtype=stored.dtype)
+        self.read_into(key, result, offsets=(start, *(0 for _ in stored.shape[1:])))
+        return result
+
+    def read_into(self, key: str, target: torch.Tensor, *, offsets: Sequence[int]) -> None:
+        """Fill `target` with the box of a tensor that begins at `offsets`; what lies outside of the tensor stays.
+
+        Args:    target: [box], any device; the numbers are converted to its type.
+        Raises:  CorruptCheckpointError: there is no such tensor, it has other dimensions, or a chunk cannot be read.
+        """
+        entry = self.metadata.state_dict_metadata.get(key)
+        if not isinstance(entry, TensorStorageMetadata) or len(entry.size) != target.dim():
+            found = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+            raise CorruptCheckpointError(
+                f"{self.directory} holds no tensor {key} of {target.dim()} dimensions; its shape is {found}."
+            )
+        for chunk in entry.chunks:
+            begins = [max(a, b) for a, b in zip(chunk.offsets, offsets, strict=True)]
+            ends = [
+                min(a + size, b + wanted)
+                for a, size, b, wanted in zip(chunk.offsets, chunk.sizes, offsets, target.shape, strict=True)
+            ]
+            if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
+                continue
+            rows = (begins[0] - chunk.offsets[0], ends[0] - chunk.offsets[0]) if begins else None
+            stored = self._rows(key, chunk, entry.properties.dtype, rows)
+            columns = _slices(begins[1:], ends[1:], chunk.offsets[1:])
+            target[_slices(begins, ends, offsets)].copy_(stored[(slice(None), *columns)] if begins else stored)
+
+    def row_bytes(self, key: str) -> int:
+        """Return the bytes of one row of a tensor, along its first dimension."""
+        stored = self.tensors[key]
+        return math.prod(stored.shape[1:]) * stored.dtype.itemsize
+
+    def first_place(self, key: str) -> tuple[str, int]:
+        """Return file and byte of a tensor's first chunk, to read tensors in the order of the disk; ("", 0): none."""
+        entry = self.metadata.state_dict_metadata.get(key)
+        if not isinstance(entry, TensorStorageMetadata) or not entry.chunks:
+            return "", 0
+        place = self.metadata.storage_data[MetadataIndex(key, entry.chunks[0].offsets)]
+        return place.relative_path, place.offset
+
+    def read_object(self, key: str) -> Any:
+        """Return a byte object, read with torch's restricted loader.
+
+        Raises:  CorruptCheckpointError: it holds anything but tensors and plain data.
+        """
+        return self._load(MetadataIndex(key))
+
+    def _rows(
+        self, key: str, chunk: ChunkStorageMetadata, dtype: torch.dtype, rows: tuple[int, int] | None
+    ) -> torch.Tensor:
+        """Return rows of one chunk, all of it for None.
+
+        Raises:  CorruptCheckpointError: it is not of the type or shape that the description says.
+        """
+        index = MetadataIndex(key, chunk.offsets)
+        place, stream = self.metadata.storage_data[index], self._open(index)
+        found = self._found.get(index)
+        if found is None:
+            what = f"{self.directory / place.relative_path}, {key}"
+            found = StoredChunk.find(stream, offset=place.offset, length=place.length, what=what)
+            if found.shape != tuple(chunk.sizes) or found.dtype != dtype:
+                raise CorruptCheckpointError(
+                    f"{self.directory}: the chunk of {key} at {tuple(chunk.offsets)} is {found.dtype} {found.shape} "
+                    f"instead of {dtype} {tuple(chunk.sizes)}; the checkpoint is damaged."
+                )
+            self._found[index] = found
+        if found.offset is None or rows is None or not math.prod(found.shape):
+            whole: torch.Tensor = self._load(index)
+            return whole if rows is None else whole[rows[0] : rows[1]]
+        return found.read_rows(stream, rows)
+
+    def _load(self, index: MetadataIndex) -> Any:
+        place, stream = self.metadata.storage_data[index], self._open(index)
+        view = _create_file_view(stream, place.offset, place.length)
+        return load_restricted(view, f"{self.directory / place.relative_path}, {index.fqn}")
+
+    def _open(self, index: MetadataIndex) -> Any:
+        """Return the file that holds a chunk, opened; the last one stays open."""
+        name = self.metadata.storage_data[index].relative_path
+        if self._name != name or self._stream is None:
+            if self._stream is not None:
+                self._stream.close()
+            self._stream, self._name = open(self.directory / name, "rb"), name
+        assert isinstance(self._stream, io.IOBase), "a stream opened by `open`"
+        return self._stream
+
+
+def _slices(begins: Sequence[int], ends: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    """Return [begins, ends) as slices counted from `origin`."""
+    return tuple(slice(begin - o, end - o) for begin, end, o in zip(begins, ends, origin, strict=True))

@@ -1,0 +1,107 @@
+"""A conversion that is killed goes on where it was, with several processes, to the same bits as an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_xmtf.checkpoint.reader import CheckpointReader
+from megatron_xmtf.conversion import checkpoint_parts, export_parts, tensor_source
+from megatron_xmtf.conversion.huggingface import import_huggingface
+from megatron_xmtf.conversion.huggingface_export import export_huggingface
+from megatron_xmtf.errors import DatasetError
+from tests.conversion.test_huggingface import Tensors, read_tensors, same_bits, write_model
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_xmtf.conversion import checkpoint_parts, export_parts, tensor_source
+from megatron_xmtf.conversion.huggingface import import_huggingface
+from megatron_xmtf.conversion.huggingface_export import export_huggingface
+from megatron_xmtf.data.journal import Journal
+
+tensor_source.CHUNK_BYTES = export_parts.CHUNK_BYTES = 1500
+checkpoint_parts.FILE_BYTES, export_parts.TASK_BYTES = 15_000, 15_000
+write, left = Journal.write, [int(sys.argv[4])]
+
+def write_and_die(self, directory):
+    write(self, directory)
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Journal.write = write_and_die
+convert = {"import": import_huggingface, "export": export_huggingface}[sys.argv[1]]
+convert(Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_source, "CHUNK_BYTES", 1500)
+    monkeypatch.setattr(export_parts, "CHUNK_BYTES", 1500)
+    monkeypatch.setattr(checkpoint_parts, "FILE_BYTES", 15_000)
+    monkeypatch.setattr(export_parts, "TASK_BYTES", 15_000)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> tuple[Path, Tensors]:
+    return tmp_path / "model", write_model(tmp_path / "model", dtype=torch.float32, shard="40KB")
+
+
+def kill(what: str, source: Path, output: Path, *, after: int) -> Path:
+    """Run a conversion that dies with its `after`-th entry in the journal; return what it leaves."""
+    command = [sys.executable, "-c", KILLED, what, str(source), str(output), str(after)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == -signal.SIGKILL
+    assert not output.exists()
+    [left] = output.parent.glob(f"{output.name}.tmp-*")
+    return left
+
+
+def weights_of(checkpoint: Path) -> Tensors:
+    with CheckpointReader(checkpoint) as reader:
+        return {name: reader.read(name) for name in reader.tensors}
+
+
+def test_an_import_goes_on(model: tuple[Path, Tensors], tmp_path: Path, small_parts: None) -> None:
+    import_huggingface(model[0], tmp_path / "whole")
+    left = kill("import", model[0], tmp_path / "again", after=3)
+    kept = {path.name: path.stat().st_mtime_ns for path in sorted(left.glob("*.distcp"))[:3]}
+    assert kept
+    import_huggingface(model[0], tmp_path / "again", workers=2)
+    assert same_bits(weights_of(tmp_path / "again"), weights_of(tmp_path / "whole"))
+    for name, changed in kept.items():
+        assert (tmp_path / "again" / name).stat().st_mtime_ns == changed, "what was done is not done again"
+    assert not list(tmp_path.glob("*.tmp-*"))
+
+
+def test_an_export_goes_on(model: tuple[Path, Tensors], tmp_path: Path, small_parts: None) -> None:
+    import_huggingface(model[0], tmp_path / "checkpoint")
+    left = kill("export", tmp_path / "checkpoint", tmp_path / "hf", after=2)
+    # What the journal says is written is not written again: with its numbers gone, the result would be wrong.
+    file = left / "model.safetensors"
+    stored = file.read_bytes()
+    file.write_bytes(stored[:2000] + b"\xff\xff" + stored[2002:])
+    spoiled = export_huggingface(tmp_path / "checkpoint", tmp_path / "hf", workers=2)
+    assert not same_bits(read_tensors(spoiled.directory), model[1]), "the control: done tasks were kept"
+    kill("export", tmp_path / "checkpoint", tmp_path / "hf2", after=2)
+    export_huggingface(tmp_path / "checkpoint", tmp_path / "hf2", workers=2)
+    assert same_bits(read_tensors(tmp_path / "hf2"), model[1])
+    assert not list(tmp_path.glob("*.tmp-*"))
+
+
+def test_another_conversion_does_not_go_on_from_it(
+    model: tuple[Path, Tensors], tmp_path: Path, small_parts: None
+) -> None:
+    kill("import", model[0], tmp_path / "again", after=2)
+    with pytest.raises(DatasetError, match=r"dtype was 'None', is 'torch.bfloat16'.*--restart"):
+        import_huggingface(model[0], tmp_path / "again", dtype=torch.bfloat16)
+    import_huggingface(model[0], tmp_path / "again", dtype=torch.bfloat16, restart=True)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in weights_of(tmp_path / "again").values())
