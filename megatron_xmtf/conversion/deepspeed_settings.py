@@ -13,6 +13,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,15 @@ __all__ = ["write_settings"]
 
 DEEPSPEED_VERSION = "0.7.1"
 """What BLOOM was trained with; DeepSpeed compares it with its own to know the form of the files."""
+
+
+class PositionEmbeddingType(enum.Enum):
+    """Megatron-DeepSpeed's enum, which a pickle names as megatron.enums.PositionEmbeddingType."""
+
+    __module__ = "megatron.enums"
+    rotary = 1
+    absolute = 2
+    alibi = 3
 
 
 def write_settings(
@@ -42,12 +52,12 @@ def write_settings(
            embedding, padding counted. dtype: of the weights.
            prefix_lm: whether inputs are read in both directions.
     """
-    with _their_enum() as position:
-        arguments = _arguments(architecture, position, dtype=dtype)
+    with _their_module():
+        arguments = _arguments(architecture, dtype=dtype)
         arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size = ranks, stages
         arguments.padded_vocab_size = vocabulary_rows
         arguments.prefixlm = prefix_lm
-        value = {
+        value: dict[str, Any] = {
             "module": None,
             "buffer_names": [],
             "optimizer": None,
@@ -74,7 +84,7 @@ def write_settings(
             torch.save(value, directory / f"mp_rank_{model:02d}_model_states.pt")
 
 
-def _arguments(architecture: BloomArchitecture, position: type[enum.Enum], *, dtype: torch.dtype) -> argparse.Namespace:
+def _arguments(architecture: BloomArchitecture, *, dtype: torch.dtype) -> argparse.Namespace:
     """Return Megatron's settings, as far as they say what the model is."""
     return argparse.Namespace(
         num_layers=architecture.num_layers,
@@ -83,7 +93,7 @@ def _arguments(architecture: BloomArchitecture, position: type[enum.Enum], *, dt
         num_attention_heads=architecture.num_attention_heads,
         kv_channels=architecture.head_dim,
         layernorm_epsilon=architecture.layernorm_epsilon,
-        position_embedding_type=position["alibi"],
+        position_embedding_type=PositionEmbeddingType.alibi,
         embed_layernorm=True,
         apply_residual_connection_post_layernorm=False,
         glu_activation=None,
@@ -102,18 +112,17 @@ def _arguments(architecture: BloomArchitecture, position: type[enum.Enum], *, dt
 
 
 @contextmanager
-def _their_enum() -> Iterator[type[enum.Enum]]:
-    """Yield megatron.enums.PositionEmbeddingType as a pickle names it, without Megatron-DeepSpeed.
+def _their_module() -> Iterator[None]:
+    """Put `PositionEmbeddingType` where its pickle says that it is, without Megatron-DeepSpeed.
 
     pickle looks a class up under its name before it writes that: a module of that name is there meanwhile.
     """
-    name = "megatron.enums"
-    kind = enum.Enum("PositionEmbeddingType", {"rotary": 1, "absolute": 2, "alibi": 3}, module=name)
+    name = PositionEmbeddingType.__module__
     module, before = types.ModuleType(name), sys.modules.get(name)
-    module.PositionEmbeddingType = kind  # type: ignore[attr-defined]
+    vars(module)["PositionEmbeddingType"] = PositionEmbeddingType
     sys.modules[name] = module
     try:
-        yield kind
+        yield
     finally:
         del sys.modules[name]
         if before is not None:

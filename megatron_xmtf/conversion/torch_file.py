@@ -128,7 +128,7 @@ def _only_stand_ins() -> Iterator[None]:
     """
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])  # type: ignore[misc]
+    torch.serialization.add_safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])
     try:
         yield
     finally:
