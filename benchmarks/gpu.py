@@ -34,7 +34,7 @@ PARTS = {
     # name: (module, seconds that it takes at most)
     "checks": ("gpu_kernels", 90),
     "products": ("gpu_kernels", 30),
-    "attention": ("gpu_attention", 120),
+    "attention": ("gpu_attention", 180),
     "head": ("gpu_kernels", 60),
     "pointwise": ("gpu_kernels", 60),
     "step 560m": ("gpu_steps", 60),

@@ -232,6 +232,7 @@ def examine_kernels() -> dict[str, dict[str, str]]:
     """Name the implementation of each operation that `auto` chooses, by precision."""
     import torch
 
+    from megatron_xmtf.kernels.activation import choose_activation
     from megatron_xmtf.kernels.adam import choose_adam
     from megatron_xmtf.kernels.head_loss import choose_head_loss
     from megatron_xmtf.kernels.packed_attention import choose_packed_attention
@@ -245,11 +246,13 @@ def examine_kernels() -> dict[str, dict[str, str]]:
         "bf16": choose_packed_attention("auto", precision="bf16"),
     }
     head = choose_head_loss("auto").__module__.rsplit(".", 1)[-1]
+    activation = choose_activation("auto", is_tanh_gelu=True)
     relative = choose_relative_attention("auto").name
     return {
         "packed attention": {precision: attention.name for precision, attention in chosen.items()},
         "attention of encoder and decoder": {"fp32": relative, "bf16": relative},
         "head and loss": {"fp32": head, "bf16": head},
+        "activation": {"fp32": activation, "bf16": activation},
         # Main parameters are fp32 whatever the precision.
         "adam": {"fp32": adam},
         "weight gradients": {"fp32": choose_weight_gradient("auto", has_cuda=has_cuda)},

@@ -184,10 +184,13 @@ class KernelsConfig(Section):
     """Which implementation of each operation runs; decided once at start and printed."""
 
     attention: Literal["auto", "reference", "sdpa", "segments", "fused"] = "auto"
-    """Attention within the segments of packed rows. auto: on a CPU segments; on a GPU fused, our Triton kernels, or where
-    Triton cannot run sdpa (decoder models in fp32) and reference."""
+    """Attention within the segments of packed rows. auto: on a CPU segments; on a GPU fused, our Triton kernels, or
+    where Triton cannot run sdpa (decoder models in fp32) and reference."""
     head_loss: Literal["auto", "chunked", "fused"] = "auto"
     """Loss over the vocabulary. auto: on a GPU fused, where Triton can run; else chunked, plain torch."""
+    activation: Literal["auto", "torch", "megatron_core"] = "auto"
+    """Bias and tanh-GELU, plain or gated. auto: on a GPU Megatron-Core's compiled ones, where Triton can run; else
+    torch."""
     adam: Literal["auto", "torch", "transformer_engine", "apex"] = "auto"
     """Whose fused AdamW. auto: on a GPU the first that can be imported of Transformer Engine and NVIDIA's apex, else
     torch. The checkpoints are the same."""

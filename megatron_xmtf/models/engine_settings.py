@@ -10,6 +10,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_xmtf.config.schema import DropoutConfig, KernelsConfig, ParallelConfig, RecomputeConfig
+from megatron_xmtf.kernels.activation import choose_activation
 from megatron_xmtf.kernels.weight_gradient import choose_weight_gradient
 from megatron_xmtf.models.architecture import Architecture, BloomArchitecture, EncoderDecoderArchitecture
 
@@ -31,10 +32,11 @@ def transformer_config(
 ) -> TransformerConfig:
     """Return the settings of a model of any family."""
     recompute, dropout = recompute or RecomputeConfig(), dropout or DropoutConfig()
-    engine = _engine_settings(parallel, precision, kernels or KernelsConfig())
+    kernels = kernels or KernelsConfig()
+    engine = _engine_settings(parallel, precision, kernels)
     if isinstance(architecture, BloomArchitecture):
-        return _bloom_config(architecture, engine, parallel, recompute, dropout)
-    return _encoder_decoder_config(architecture, engine, parallel, dropout)
+        return _bloom_config(architecture, engine, parallel, recompute, dropout, kernels)
+    return _encoder_decoder_config(architecture, engine, parallel, dropout, kernels)
 
 
 def _bloom_config(
@@ -43,6 +45,7 @@ def _bloom_config(
     parallel: ParallelConfig,
     recompute: RecomputeConfig,
     dropout: DropoutConfig,
+    kernels: KernelsConfig,
 ) -> TransformerConfig:
     hidden_dropout, attention_dropout = dropout.hidden_dropout, dropout.attention_dropout
     full = recompute.granularity == "full"
@@ -55,8 +58,7 @@ def _bloom_config(
         layernorm_epsilon=architecture.layernorm_epsilon,
         hidden_dropout=architecture.hidden_dropout if hidden_dropout is None else hidden_dropout,
         attention_dropout=architecture.attention_dropout if attention_dropout is None else attention_dropout,
-        # The tanh form is BLOOM's own; the constants are the same as in `transformers` BloomGelu.
-        activation_func=partial(torch.nn.functional.gelu, approximate="tanh"),
+        **_activation(kernels, feed_forward="gelu", has_fused=True),
         account_for_embedding_in_pipeline_split=parallel.account_for_embedding_in_pipeline_split,
         account_for_loss_in_pipeline_split=parallel.account_for_loss_in_pipeline_split,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
@@ -72,6 +74,7 @@ def _encoder_decoder_config(
     engine: dict[str, Any],
     parallel: ParallelConfig,
     dropout: DropoutConfig,
+    kernels: KernelsConfig,
 ) -> TransformerConfig:
     """Leave recomputation out: the model's own loop does it, and its attention."""
     hidden_dropout, attention_dropout = dropout.hidden_dropout, dropout.attention_dropout
@@ -88,15 +91,29 @@ def _encoder_decoder_config(
         attention_dropout=architecture.dropout if attention_dropout is None else attention_dropout,
         add_bias_linear=architecture.linear_bias,
         gated_linear_unit=architecture.gated,
-        activation_func=(
-            torch.nn.functional.relu
-            if architecture.feed_forward == "relu"
-            else partial(torch.nn.functional.gelu, approximate="tanh")
+        **_activation(
+            kernels, feed_forward=architecture.feed_forward, has_fused=architecture.gated or architecture.linear_bias
         ),
     )
     # Sums the gradients of `pipeline_parallel` parameters over the stages: the tables of relative positions.
     config.has_cond_embedder = architecture.positions == "relative"
     return config
+
+
+def _activation(kernels: KernelsConfig, *, feed_forward: str, has_fused: bool) -> dict[str, Any]:
+    """Return the activation of the feed-forward layer, ReLU or tanh-GELU, and whether its bias is fused with it.
+
+    Args:  has_fused: Megatron-Core has a fused one: gated, or with a bias.
+    """
+    if feed_forward == "relu":
+        choose_activation(kernels.activation, is_tanh_gelu=False)
+        return {"activation_func": torch.nn.functional.relu, "bias_activation_fusion": False}
+    if choose_activation(kernels.activation, is_tanh_gelu=has_fused) == "megatron_core":
+        # The name by which Megatron-Core knows its fused tanh form.
+        return {"activation_func": torch.nn.functional.gelu, "bias_activation_fusion": True}
+    # The tanh form is BLOOM's own; the constants are the same as in `transformers` BloomGelu.
+    tanh_gelu = partial(torch.nn.functional.gelu, approximate="tanh")
+    return {"activation_func": tanh_gelu, "bias_activation_fusion": False}
 
 
 def _engine_settings(parallel: ParallelConfig, precision: Precision, kernels: KernelsConfig) -> dict[str, Any]:
@@ -121,7 +138,6 @@ def _engine_settings(parallel: ParallelConfig, precision: Precision, kernels: Ke
         "gradient_accumulation_fusion": weight_gradient == "apex",
         # These fusions need apex or go through torch.compile.
         "masked_softmax_fusion": False,
-        "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         # The loss function returns sum and divisor; Megatron-Core divides by the global batch's total.
         "calculate_per_token_loss": True,

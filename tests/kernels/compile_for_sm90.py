@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-INTEGERS = ("key_begin_ptr", "key_end_ptr", "query_begin_ptr", "query_end_ptr", "labels_ptr")
+INTEGERS = ("key_begin_ptr", "key_end_ptr", "query_begin_ptr", "query_end_ptr")
 ALWAYS_FP32 = ("log_sum_ptr", "delta_ptr", "of_bias_ptr", "bias_ptr")
 
 
@@ -87,6 +87,22 @@ def compile_attention(name: str, *, precision: str, head_dim: int, bias: Any, dr
     }
 
 
+def compile_head(name: str) -> dict[str, Any]:
+    """Compile a kernel of the head's loss, bf16, for a number of words that nothing divides."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megatron_xmtf.kernels.head_loss import fused
+
+    function = getattr(fused, name)
+    types = {"logits_ptr": "*bf16", "column_ptr": "*i64", "stride": "i32", "num_words": "i32", "WORDS": "constexpr"}
+    signature = {argument: types.get(argument, "*fp32") for argument in function.arg_names}
+    source = ASTSource(function, signature, {"WORDS": fused.WORDS_AT_ONCE})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    return {"kernel": name, **read_usage(compiled.asm["cubin"]), "shared_bytes": compiled.metadata.shared}
+
+
 def read_usage(cubin: bytes) -> dict[str, int]:
     """Read registers and stack of a kernel out of its machine code."""
     import triton
@@ -107,3 +123,5 @@ if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET", "0") == "0", "nothing is compiled where Triton interprets"
     for name, settings in cases(everything="all" in sys.argv):
         print(json.dumps(compile_attention(name, **settings)), flush=True)
+    for name in ("logit_statistics", "logit_gradient"):
+        print(json.dumps(compile_head(name)), flush=True)

@@ -344,3 +344,11 @@ def test_a_cpu_is_refused_where_nothing_is_interpreted(monkeypatch: pytest.Monke
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ConfigError, match="compiles for GPUs, and this run computes on a CPU"):
         choose_packed_attention("fused", precision="bf16", device="cpu")
+
+
+def test_a_gpu_without_a_c_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(available.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match="needs a C compiler to start its kernels: gcc or clang"):
+        choose_packed_attention("fused", precision="bf16", device="cuda")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from importlib.util import find_spec
 from typing import Literal
 
@@ -14,6 +15,8 @@ LARGEST_HEAD_DIM = 128
 """Beyond it a block of keys, values and their gradients does not fit the registers of a multiprocessor."""
 SMALLEST_CAPABILITY = (8, 0)
 """Ampere: bf16 products, asynchronous copies. The kernels are compiled and read for 9.0 (H100, H200)."""
+COMPILERS = ("gcc", "clang")
+"""Triton compiles a small launcher for each kernel, once (triton/runtime/build.py)."""
 
 
 def is_interpreted() -> bool:
@@ -27,6 +30,8 @@ def why_not_fused(*, device: Literal["cpu", "cuda"], head_dim: int | None = None
         return "it needs the package triton, which is not installed; torch's CUDA builds bring their own"
     if device == "cpu" and not is_interpreted():
         return "Triton compiles for GPUs, and this run computes on a CPU"
+    if device == "cuda" and not is_interpreted() and not any(map(shutil.which, COMPILERS)) and "CC" not in os.environ:
+        return f"Triton needs a C compiler to start its kernels: {' or '.join(COMPILERS)} on the PATH, or CC"
     if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < SMALLEST_CAPABILITY:
         found, needed = (
             ".".join(map(str, capability)) for capability in (torch.cuda.get_device_capability(), SMALLEST_CAPABILITY)
