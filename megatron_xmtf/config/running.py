@@ -111,6 +111,10 @@ class LoggingConfig(Section):
     replica_check_interval: PositiveInt | None = 1000
     """Steps between comparisons, bit by bit, of parameters that several ranks hold; drift ends the run. None: never.
     A comparison reads the weights once and exchanges 16 bytes a parameter tensor."""
+    straggler_check_interval: PositiveInt | None = 100
+    """Steps between comparisons of how long each rank's own work takes; a slow rank is told, by name. None: never."""
+    straggler_ratio: Annotated[float, Field(gt=1)] = 1.25
+    """Of a rank's own work to the median rank's, above which it is told. 1.25: ours."""
 
 
 class StopConfig(Section):

@@ -28,7 +28,7 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
         # Byte by byte what `np.save` chooses for plain numbers: version 1.0, rows first.
         array = np.ascontiguousarray(array)
         np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
-        stream.write(memoryview(array.reshape(-1).view(np.uint8)))
+        stream.write(array.reshape(-1).view(np.uint8).data)
 
 
 def map_new_array(path: Path, dtype: DTypeLike, shape: Sequence[int]) -> np.memmap[Any, Any]:

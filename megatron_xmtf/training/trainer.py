@@ -47,6 +47,7 @@ from megatron_xmtf.training.schedule import learning_rate
 from megatron_xmtf.training.step_guard import StepGuard, check_finite_weights, has_bad_gradients
 from megatron_xmtf.training.step_totals import agree, step_totals
 from megatron_xmtf.training.stopping import StopCause, StopRequests
+from megatron_xmtf.training.stragglers import StragglerWatch
 from megatron_xmtf.training.validation import validation_batches_by_name, validation_losses
 from megatron_xmtf.training.watchdog import STACKS, Watchdog
 
@@ -100,6 +101,11 @@ class Trainer:
         self.step = prepared.start.step
         # model and optimizer: weights are loaded before the optimizer copies them
         self.chunks = _build_chunks(prepared)
+        self.stragglers = StragglerWatch(
+            rank=topology.rank,
+            interval=self.config.logging.straggler_check_interval,
+            ratio=self.config.logging.straggler_ratio,
+        )
         verify = self.config.checkpoint.verify_hashes and not prepared.start.verified
         if not prepared.start.resumed:
             load_model_weights(self.chunks, prepared.start.checkpoint, verify=verify)
@@ -170,6 +176,7 @@ class Trainer:
                 validation = self.validate() if self._due(config.evaluation.interval) else {}
                 log.step(metrics, validation=validation)
                 self.checkpoints.after_step(self.step, validation)
+                self.stragglers.after_step(self.step)
                 if self._due(config.logging.replica_check_interval):
                     self.check_replicas()
                 is_last = self.step == config.train_steps or bool(self.stop_cause)
@@ -200,6 +207,7 @@ class Trainer:
         rate = learning_rate(self.config, self.step)
         set_learning_rate(self.optimizer, rate)
         self.watchdog.phase("forward and backward", step=self.step)
+        self.stragglers.begin()
         reports = self.forward_backward(batches)
         loss_scale = float(self.optimizer.get_loss_scale()) if self.config.precision == "fp16" else None
         device = device_of(self.chunks)
@@ -293,6 +301,13 @@ class Trainer:
         """Give Megatron-Core's schedules the functions of optimizer and gradient buffers that they call."""
         model_config = get_model_config(self.chunks[0])
         model_config.grad_scale_func = self.optimizer.scale_loss
+        finalize = model_config.finalize_model_grads_func
+
+        def note_and_finalize(*arguments: Any, **keywords: Any) -> Any:
+            self.stragglers.own_work_done()
+            return finalize(*arguments, **keywords)
+
+        model_config.finalize_model_grads_func = note_and_finalize
         if self.config.parallel.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             model_config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -87,8 +89,11 @@ def test_an_export_goes_on(model: tuple[Path, Tensors], tmp_path: Path, small_pa
     left = kill("export", tmp_path / "checkpoint", tmp_path / "hf", after=2)
     # What the journal says is written is not written again: with its numbers gone, the result would be wrong.
     file = left / "model.safetensors"
-    stored = file.read_bytes()
-    file.write_bytes(stored[:2000] + b"\xff\xff" + stored[2002:])
+    stored = bytearray(file.read_bytes())
+    (length,) = struct.unpack("<Q", stored[:8])
+    place = json.loads(stored[8 : 8 + length])["transformer.word_embeddings.weight"]["data_offsets"][0]
+    stored[8 + length + place] ^= 1
+    file.write_bytes(stored)
     spoiled = export_huggingface(tmp_path / "checkpoint", tmp_path / "hf", workers=2)
     assert not same_bits(read_tensors(spoiled.directory), model[1]), "the control: done tasks were kept"
     kill("export", tmp_path / "checkpoint", tmp_path / "hf2", after=2)

@@ -1,0 +1,245 @@
+"""Converters beside a plain copy of the same bytes and beside `from_pretrained` + `save_pretrained`, in one run.
+
+    python benchmarks/conversion.py --output benchmarks/results/conversion.json
+    python benchmarks/conversion.py --slice-176b --output benchmarks/results/conversion_176b.json
+
+The first converts a BLOOM of 1b7's width with 16 layers (bf16, 2.6 GB, three files), in turn, `--rounds` times; the
+second two layers of BLOOM-176B and its embedding of 250,880 words (17 GB; 55 GB of free disk), without `transformers`,
+which would need all of it in memory. Every side runs in a process of its own, on files that are out of the page cache,
+and ends with its output flushed to the disk.
+
+    copy            the files of weights, 8 MiB at a time, one after another, fsync
+    import, export  `xmtf import --hf`, `xmtf export`, with --workers processes
+    transformers    AutoModelForCausalLM.from_pretrained, save_pretrained, fsync
+
+Memory is anonymous memory summed over the processes of a side (pages of mapped files belong to the page cache), sampled
+every 20 ms, less that of the same command when it has imported what it needs and not begun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+SMALL = {"hidden_size": 2048, "n_layer": 16, "n_head": 16, "vocab_size": 250_880}
+SLICE = {"hidden_size": 14_336, "n_layer": 2, "n_head": 112, "vocab_size": 250_880}
+WHOLE_176B_BYTES = 2 * 176_247_271_424
+BLOCK = 64 << 20
+SAMPLE_SECONDS = 0.02
+
+COPY = """
+import os, sys
+from pathlib import Path
+source, target = map(Path, sys.argv[1:3])
+target.mkdir()
+for path in sorted(source.glob("*.safetensors")):
+    with open(path, "rb") as read, open(target / path.name, "wb") as write:
+        while block := read.read(8 << 20):
+            write.write(block)
+        write.flush()
+        os.fsync(write.fileno())
+"""
+IMPORT = """
+import sys
+from megatron_xmtf.conversion.huggingface import import_huggingface
+if len(sys.argv) > 2:
+    import_huggingface(sys.argv[1], sys.argv[2], workers=int(sys.argv[3]))
+"""
+EXPORT = """
+import sys
+from megatron_xmtf.conversion.huggingface_export import export_huggingface
+if len(sys.argv) > 2:
+    export_huggingface(sys.argv[1], sys.argv[2], workers=int(sys.argv[3]))
+"""
+TRANSFORMERS = """
+import os, sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM, BloomForCausalLM
+if len(sys.argv) > 2:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained(sys.argv[2])
+    for path in Path(sys.argv[2]).iterdir():
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
+"""
+
+
+def write_model(directory: Path, sizes: dict[str, int]) -> int:
+    """Write a BLOOM of random bf16 weights as `save_pretrained` shards it, and its config; return its bytes."""
+    import torch
+    from transformers import BloomConfig
+
+    from megatron_xmtf.conversion.bloom_mapping import bloom_mapping
+    from megatron_xmtf.conversion.mapping import expand_rows
+    from megatron_xmtf.conversion.safetensors_file import SafetensorsFile, TensorHeader, plan_shards
+    from megatron_xmtf.models.bloom_architecture import bloom_from_hf
+
+    directory.mkdir(parents=True)
+    config = BloomConfig(**sizes, dtype="bfloat16", architectures=["BloomForCausalLM"])
+    config.save_pretrained(directory)
+    mapping = bloom_mapping(bloom_from_hf(json.loads((directory / "config.json").read_text(encoding="utf-8"))))
+    headers = [
+        TensorHeader(p.hf[0], p.source_shape, torch.bfloat16) for p in expand_rows(mapping, prefix=mapping.prefix)
+    ]
+    files = [
+        SafetensorsFile(name, shard)
+        for name, shard in plan_shards(headers, shard_bytes=1_000_000_000 if sizes is SMALL else 5_000_000_000).items()
+    ]
+    generator = torch.Generator().manual_seed(0)
+    noise = (0.02 * torch.randn(BLOCK // 2, generator=generator)).to(torch.bfloat16)
+    for file in files:
+        file.create(directory)
+        with open(directory / file.name, "r+b") as stream:
+            for header in file.headers:
+                columns = max(1, header.bytes // 2 // header.shape[0])
+                rows = max(1, len(noise) // columns)
+                for first in range(0, header.shape[0], rows):
+                    count = min(rows, header.shape[0] - first)
+                    part = noise[: count * columns].view(count, *header.shape[1:])
+                    file.write_rows(stream.fileno(), header.name, part, first=first)
+            os.fsync(stream.fileno())
+    weight_map = {header.name: file.name for file in files for header in file.headers}
+    total = sum(header.bytes for header in headers)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return total
+
+
+def anonymous_bytes(process_id: int) -> int:
+    """Return the anonymous memory of a process and all below it."""
+    total, pending = 0, [process_id]
+    while pending:
+        number = pending.pop()
+        try:
+            rollup = Path(f"/proc/{number}/smaps_rollup").read_text(encoding="utf-8")
+            pending += map(int, Path(f"/proc/{number}/task/{number}/children").read_text(encoding="utf-8").split())
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        total += next(int(line.split()[1]) << 10 for line in rollup.splitlines() if line.startswith("Anonymous:"))
+    return total
+
+
+def run(program: str, *arguments: object) -> tuple[float, int]:
+    """Run a side; return its seconds and the peak of its anonymous memory."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    started = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], env=environment)
+    peak = [0]
+
+    def sample() -> None:
+        while process.poll() is None:
+            peak[0] = max(peak[0], anonymous_bytes(process.pid))
+            time.sleep(SAMPLE_SECONDS)
+
+    watcher = threading.Thread(target=sample)
+    watcher.start()
+    if process.wait():
+        raise SystemExit(f"a side failed with exit code {process.returncode}")
+    seconds = time.monotonic() - started
+    watcher.join()
+    return seconds, peak[0]
+
+
+def forget(directory: Path) -> None:
+    """Take the files of a directory out of the page cache."""
+    os.sync()
+    for path in directory.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def measure(root: Path, total: int, *, rounds: int, workers: int, with_transformers: bool) -> dict[str, Any]:
+    """Run all sides in turn."""
+    model, checkpoint = root / "model", root / "checkpoint"
+    sides: dict[str, tuple[str, Path, Path, tuple[object, ...]]] = {
+        "copy": (COPY, model, root / "copied", ()),
+        "import": (IMPORT, model, checkpoint, (workers,)),
+        "export": (EXPORT, checkpoint, root / "exported", (workers,)),
+    }
+    if with_transformers:
+        sides["transformers"] = (TRANSFORMERS, model, root / "saved", ())
+    # What the modules alone take, in one process; a worker process has imported them too.
+    bare = {name: run(program)[1] for name, (program, *_) in sides.items() if name != "copy"}
+    processes = 1 + (workers if workers > 1 else 0)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    memory: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, (program, source, target, more) in sides.items():
+            forget(source)
+            took, peak = run(program, source, target, *more)
+            seconds[name].append(took)
+            started = bare.get(name, 0) * (processes if name in ("import", "export") else 1)
+            memory[name].append((peak - started) / 2**30)
+            if name != "import":
+                shutil.rmtree(target)
+        shutil.rmtree(checkpoint)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    ratio: Callable[[str], float] = lambda name: round(median["copy"] / median[name], 3)  # noqa: E731
+    return {
+        "bytes_of_weights": total,
+        "rounds": rounds,
+        "processes": workers,
+        "seconds": {name: [round(value, 2) for value in values] for name, values in seconds.items()},
+        "gb_per_second": {name: round(total / 1e9 / value, 3) for name, value in median.items()},
+        "speed_over_copy": {name: ratio(name) for name in median if name != "copy"},
+        "peak_anonymous_gib_over_import_baseline": {name: round(max(values), 3) for name, values in memory.items()},
+        "baseline_gib_of_one_process": {name: round(value / 2**30, 3) for name, value in bare.items()},
+    }
+
+
+def main() -> None:
+    """Measure, print, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slice-176b", action="store_true", help="two layers and the embedding of BLOOM-176B")
+    parser.add_argument("--rounds", type=int, default=None, help="default: 3, of the slice 1")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of a conversion")
+    parser.add_argument("--directory", type=Path, help="where files are written; default: the system's temporary one")
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
+    arguments = parser.parse_args()
+    sizes = SLICE if arguments.slice_176b else SMALL
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
+        root = Path(name)
+        needed, free = (55 if sizes is SLICE else 15) * 10**9, shutil.disk_usage(root).free
+        if free < needed:
+            raise SystemExit(f"{root} has {free / 1e9:.0f} GB free, {needed / 1e9:.0f} are needed; give --directory")
+        total = write_model(root / "model", sizes)
+        rounds = arguments.rounds or (1 if sizes is SLICE else 3)
+        found = measure(root, total, rounds=rounds, workers=arguments.workers, with_transformers=sizes is SMALL)
+    result: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")},
+        "model": {**sizes, "dtype": "bfloat16"},
+        **found,
+    }
+    if sizes is SLICE:
+        result["extrapolated_to_176b"] = {
+            "arithmetic": f"{WHOLE_176B_BYTES:,} bytes / the measured GB/s; memory does not grow with the model",
+            "minutes": {
+                side: round(WHOLE_176B_BYTES / 1e9 / found["gb_per_second"][side] / 60, 1)
+                for side in ("copy", "import", "export")
+            },
+        }
+    print(json.dumps(result, indent=2))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
