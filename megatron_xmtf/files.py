@@ -35,6 +35,8 @@ __all__ = [
 ]
 
 TEMPORARY_MARK = ".tmp-"
+LONGEST_NAME = 255
+"""Bytes of one name: NAME_MAX of Linux's file systems."""
 
 
 def temporary_name(path: Path) -> Path:
@@ -198,6 +200,8 @@ def safe_child(root: Path, name: str) -> Path:
     """
     if "\0" in name or os.path.isabs(name):
         raise ConfigError(f"{name!r} is not a plain relative name; it may not leave {root}.")
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(name).parts):
+        raise ConfigError(f"{name[:80]!r}... is longer than the {LONGEST_NAME} bytes that a file's name may have.")
     child = root / name
     if not child.resolve().is_relative_to(root.resolve()):
         raise ConfigError(f"{name!r} leads outside {root}; only names below it are read.")

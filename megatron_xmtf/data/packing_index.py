@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
@@ -290,6 +291,11 @@ def _read_manifest(directory: Path, key: str | None) -> dict[str, Any]:
         raise _damaged(directory, f"{MANIFEST} has no statistics or no files")
     if not isinstance(required, list) or not all(isinstance(count, int) for count in required):
         raise _damaged(directory, f"{MANIFEST} has no numbers in required_examples")
+    rows, length = statistics["rows"], manifest["sequence_length"]
+    if not isinstance(rows, int) or not isinstance(length, int) or length < 1:
+        raise _damaged(directory, f"{MANIFEST} has no whole number of rows or tokens of a row")
+    if not isinstance(statistics["datasets"], list) or not isinstance(manifest["long_examples"], str):
+        raise _damaged(directory, f"{MANIFEST} has no list of datasets or no policy for long examples")
     return manifest
 
 
@@ -299,6 +305,8 @@ def _read_lengths(directory: Path, manifest: dict[str, Any]) -> RowLengths:
         return int(manifest["sequence_length"])
     if not isinstance(sides, dict) or sides.keys() != {one.name for one in fields(EncoderDecoderLengths)}:
         raise _damaged(directory, f"{MANIFEST} has other two_sides than encoder_length, decoder_length, encoder_eos")
+    if not all(isinstance(value, int) for value in sides.values()):
+        raise _damaged(directory, f"{MANIFEST} has no whole numbers in two_sides")
     return EncoderDecoderLengths(**sides)
 
 
@@ -315,7 +323,8 @@ def _load_array(directory: Path, name: str, files: dict[str, Any], *, verify: bo
         raise _damaged(directory, f"{path.name} was altered (its SHA-256 differs)")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, TypeError, ArithmeticError, MemoryError, SyntaxError, TokenError) as error:
+        # numpy reads the header as a Python literal, and says of a damaged one what Python's parser does.
         raise _damaged(directory, f"{path.name} cannot be read ({error})") from error
     if array.ndim != 1 or array.dtype not in ARRAYS[name]:
         wanted = " or ".join(np.dtype(dtype).name for dtype in ARRAYS[name])
