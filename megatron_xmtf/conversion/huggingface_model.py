@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import shutil
 import warnings
@@ -194,7 +195,7 @@ def weights_path(directory: Path, name: str) -> Path:
     """
     link = directory / name
     blobs = directory.resolve().parent.parent / "blobs"
-    if Path(name).name == name and link.is_symlink() and link.resolve().parent == blobs:
+    if Path(name).name == name and os.path.islink(link) and link.resolve().parent == blobs:
         return require_file(link)
     return require_file(safe_child(directory, name))
 
