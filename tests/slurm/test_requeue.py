@@ -160,6 +160,23 @@ def test_every_run_of_a_sweep_comes_back_by_itself(submit: Submit, cluster: Virt
         )
 
 
+def test_torchrun_is_started_on_every_node_and_its_ranks_are_told(
+    submit: Submit, cluster: VirtualCluster, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    (job,) = submit("slurm.launcher=torchrun", "slurm.ranks_per_node=2")["jobs"]
+    for node in (0, 1):
+        wait_until((run / f"waiting-{node}").exists, f"the ranks of node {node}")
+    cluster.ask("scancel", "--batch", "--signal=USR1", job)
+    assert cluster.wait_for(job) == "COMPLETED"
+    assert decisions(run) == [("requeue", 3), ("done", 0)]
+    for node in (0, 1):
+        assert (run / f"told-{node}").exists(), "SIGUSR1 reached the ranks"
+        words = (run / f"torchrun-{node}").read_text().splitlines()
+        assert {f"--node-rank={node}", "--nnodes=2", "--nproc-per-node=2", "--master-addr=127.0.0.1"} < set(words)
+        assert words[-4:-1] == ["-m", "megatron_xmtf", "train"]
+
+
 def test_slurm_is_asked_before(submit: Submit, cluster: VirtualCluster) -> None:
     for words, text in (
         (["--nodes", "3"], "3 nodes asked for, the partition has 2"),
