@@ -330,7 +330,7 @@ def _read_manifest(directory: Path) -> CheckpointManifest:
             metrics={str(name): float(number) for name, number in value.get("metrics", {}).items()},
             origin=dict(value.get("origin", {})),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CorruptCheckpointError(f"{path} is not a whole manifest: {type(error).__name__} {error}.") from error
 
 

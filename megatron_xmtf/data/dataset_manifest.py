@@ -150,7 +150,10 @@ def _manifest_problem(manifest: Any) -> str | None:
     expected = expected_files(manifest["kind"], has_columns=bool(columns) or documents)
     if not isinstance(files, dict) or set(files) != expected:
         return f"its files are not {', '.join(sorted(expected))}"
-    if not all(isinstance(e, dict) and isinstance(e.get("bytes"), int) and "sha256" in e for e in files.values()):
+    if not all(
+        isinstance(e, dict) and isinstance(e.get("bytes"), int) and isinstance(e.get("sha256"), str)
+        for e in files.values()
+    ):
         return "a file lacks bytes or sha256"
     return None
 
