@@ -23,7 +23,9 @@ from tests.layouts import layout
 from tests.parallel.tiny_engine import SEQUENCE, build_engine, forward_backward, named_weights, run_config
 from tests.tiny import random_examples
 
-TOLERANCE = 1e-6
+TOLERANCE = 2e-6
+"""16 times fp32's rounding. The two heads add up in another order, and by how much that shows depends on the processor's
+matrix product: 1e-6 held on an AMD EPYC, 1.04e-6 was seen on an Intel Xeon."""
 ROWS = pack_examples(random_examples(40), sequence_length=SEQUENCE, pad_id=3)
 EMPTY = empty_row(sequence_length=SEQUENCE, pad_id=3)
 
