@@ -107,7 +107,8 @@ def test_the_run_directory_holds_what_the_contract_says(finished: Any) -> None:
     overrides = ["parallel.tensor_model_parallel_size=2"]
     assert load_config(run / "config.yaml") == load_config(config, overrides)
     assert steps_kept(run) == ["step_0000004", "step_0000008"]
-    assert status(run) == {"exit_code": 0, "name": "DONE", "message": "step 8 of 8 done"}
+    steps = {"step": 8, "train_steps": 8}
+    assert status(run) == {"exit_code": 0, "name": "DONE", "message": "step 8 of 8 done", **steps}
 
 
 def test_a_dry_run_checks_and_packs_but_does_not_train(tiny_checkpoint: Path, tiny_pairs: Path, tmp_path: Path) -> None:
