@@ -71,6 +71,7 @@ def test_a_job_comes_back_until_the_run_is_done(submit: Submit, cluster: Virtual
     assert json.loads((tmp_path / "run" / "slurm" / "previous_status.json").read_text())["exit_code"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "words", "decided", "why"),
     [
@@ -97,6 +98,7 @@ def test_a_job_that_would_only_fail_again_ends(
     assert cluster.shown(job)["ExitCode"] == f"{decided[-1][1]}:0"
 
 
+@pytest.mark.slow
 def test_a_chain_goes_on_where_a_job_had_to_end_and_no_further_than_the_run(
     submit: Submit, cluster: VirtualCluster, tmp_path: Path
 ) -> None:
@@ -109,6 +111,7 @@ def test_a_chain_goes_on_where_a_job_had_to_end_and_no_further_than_the_run(
     assert len([line for line in attempts(tmp_path / "run") if line["event"] == "begin"]) == 3
 
 
+@pytest.mark.slow
 def test_the_stop_switch_ends_what_runs_and_what_waits(
     submit: Submit, cluster: VirtualCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +134,7 @@ def test_scancel_is_the_end(submit: Submit, cluster: VirtualCluster, tmp_path: P
     assert (tmp_path / "run" / "script").read_text() == "0 100\n"
 
 
+@pytest.mark.slow
 def test_a_job_killed_with_its_node_is_counted(submit: Submit, cluster: VirtualCluster, tmp_path: Path) -> None:
     """Slurm requeues it without asking the script, as it does when a node dies."""
     (job,) = submit("slurm.max_attempts_without_progress=2", script="wait -\nwait -\n0 100\n")["jobs"]
@@ -143,6 +147,7 @@ def test_a_job_killed_with_its_node_is_counted(submit: Submit, cluster: VirtualC
     assert [line["restart"] for line in attempts(tmp_path / "run") if line["event"] == "begin"] == [0, 1]
 
 
+@pytest.mark.slow
 def test_every_run_of_a_sweep_comes_back_by_itself(submit: Submit, cluster: VirtualCluster, tmp_path: Path) -> None:
     """Two elements at once, one a node: the last one's number is also the whole array's."""
     runs = {"low rate": 1e-5, "it's $(high)": 1e-3}
@@ -161,6 +166,7 @@ def test_every_run_of_a_sweep_comes_back_by_itself(submit: Submit, cluster: Virt
         assert yaml.safe_load(config.read_text())["optimizer"]["lr"] == lr
 
 
+@pytest.mark.slow
 def test_torchrun_is_started_on_every_node_and_its_ranks_are_told(
     submit: Submit, cluster: VirtualCluster, tmp_path: Path
 ) -> None:
