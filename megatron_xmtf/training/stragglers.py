@@ -4,8 +4,10 @@
     rank 1   forward and backward 81 ms         | gradients ...                                 | update
              ^ own work                           the step takes as long as the slowest copy's work
 
-Ranks of one copy (tensor and pipeline parallel) wait for each other within its work, so a copy is slow as a whole and
-all its ranks are named. BLOOM's training lost 5 % to one slow GPU, which was found by bisection (ml-engineering).
+Ranks of one copy (tensor and pipeline parallel) wait for each other within its work, and its stages have other work
+each: a rank is compared with those in its place in the other copies, and a slow copy is named with all its ranks. A
+single copy has nothing to be compared with, and nothing is measured. BLOOM's training lost 5 % to one slow GPU, which
+was found by bisection (ml-engineering).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_xmtf.checkpoint.agreement import gather
+from megatron_xmtf.parallel.topology import Topology
 
 __all__ = ["OwnWork", "StragglerWatch", "slow_ranks"]
 
@@ -34,6 +37,8 @@ class OwnWork:
     """What one rank did on average between two looks."""
 
     rank: int
+    place: tuple[int, int]
+    """Pipeline stage and tensor-parallel rank: what it is compared within."""
     host: str
     milliseconds: float
     """Mean of a step's forward and backward passes, until gradients are summed over the copies of the model."""
@@ -45,8 +50,9 @@ class StragglerWatch:
     Args:    interval: steps between comparisons; None: nothing is measured. ratio: of a rank's work to the median's.
     """
 
-    def __init__(self, *, rank: int, interval: int | None, ratio: float) -> None:
-        self._rank, self._interval, self._ratio = rank, interval, ratio
+    def __init__(self, topology: Topology, *, interval: int | None, ratio: float) -> None:
+        self._rank, self._place = topology.rank, (topology.pp_rank, topology.tp_rank)
+        self._interval, self._ratio = interval if topology.dp_size > 1 else None, ratio
         self._on_gpu = torch.cuda.is_available()
         self._began: float | torch.cuda.Event = 0.0
         self._ended: float | torch.cuda.Event = 0.0
@@ -73,20 +79,22 @@ class StragglerWatch:
             self._measured.append(_milliseconds(self._began, self._ended))
         if self._steps % self._interval or not self._measured:
             return
-        own = OwnWork(self._rank, socket.gethostname(), statistics.fmean(self._measured))
+        own = OwnWork(self._rank, self._place, socket.gethostname(), statistics.fmean(self._measured))
         steps, self._measured = len(self._measured), []
         everybody: list[OwnWork] = gather(own)
-        slow, median = slow_ranks(everybody, ratio=self._ratio)
+        slow = slow_ranks(everybody, ratio=self._ratio)
         if slow and self._rank == 0:
-            named = ", ".join(f"rank {work.rank} on {work.host} ({work.milliseconds:.1f} ms)" for work in slow[:8])
+            named = ", ".join(
+                f"rank {work.rank} on {work.host} ({work.milliseconds:.1f} ms; others {median:.1f})"
+                for work, median in slow[:8]
+            )
             logger.warning(
-                "steps %d to %d: all ranks wait for %s%s; forward and backward take %.1f ms on the median rank. Look "
-                "at that machine's clocks, temperature and other users; logging.straggler_ratio=%g is the limit.",
+                "steps %d to %d: all ranks wait for the forward and backward passes of %s%s. Look at that machine's "
+                "clocks, temperature and other users; logging.straggler_ratio=%g is the limit.",
                 step - steps + 1,
                 step,
                 named,
                 f" and {len(slow) - 8} more" if len(slow) > 8 else "",
-                median,
                 self._ratio,
             )
 
@@ -98,14 +106,19 @@ class StragglerWatch:
         return event
 
 
-def slow_ranks(everybody: Sequence[OwnWork], *, ratio: float) -> tuple[list[OwnWork], float]:
-    """Return the ranks whose work takes more than `ratio` times the median's, the slowest first, and the median in ms.
+def slow_ranks(everybody: Sequence[OwnWork], *, ratio: float) -> list[tuple[OwnWork, float]]:
+    """Return the ranks whose work takes more than `ratio` times the median of their place, the slowest first.
 
     The median is the lower one, so that of two ranks the slow one is seen.
+
+    Returns: the work, and the median in ms.
     """
-    median = statistics.median_low(work.milliseconds for work in everybody)
-    slow = [work for work in everybody if work.milliseconds > ratio * median]
-    return sorted(slow, key=lambda work: -work.milliseconds), median
+    by_place: dict[tuple[int, int], list[float]] = {}
+    for work in everybody:
+        by_place.setdefault(work.place, []).append(work.milliseconds)
+    medians = {place: statistics.median_low(values) for place, values in by_place.items()}
+    slow = [(work, medians[work.place]) for work in everybody if work.milliseconds > ratio * medians[work.place]]
+    return sorted(slow, key=lambda pair: -pair[0].milliseconds / pair[1])
 
 
 def _milliseconds(began: float | torch.cuda.Event, ended: float | torch.cuda.Event) -> float:

@@ -102,7 +102,7 @@ class Trainer:
         # model and optimizer: weights are loaded before the optimizer copies them
         self.chunks = _build_chunks(prepared)
         self.stragglers = StragglerWatch(
-            rank=topology.rank,
+            topology,
             interval=self.config.logging.straggler_check_interval,
             ratio=self.config.logging.straggler_ratio,
         )

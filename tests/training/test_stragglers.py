@@ -21,7 +21,7 @@ SLEEP_SECONDS = 0.25
 
 
 def works(*milliseconds: float) -> list[OwnWork]:
-    return [OwnWork(rank, f"node{rank}", value) for rank, value in enumerate(milliseconds)]
+    return [OwnWork(rank, (0, 0), f"node{rank}", value) for rank, value in enumerate(milliseconds)]
 
 
 @pytest.mark.parametrize(
@@ -35,8 +35,15 @@ def works(*milliseconds: float) -> list[OwnWork]:
     ],
 )
 def test_ranks_beyond_the_ratio_are_named_the_slowest_first(milliseconds: tuple[float, ...], named: list[int]) -> None:
-    slow, _ = slow_ranks(works(*milliseconds), ratio=1.25)
-    assert [work.rank for work in slow] == named
+    assert [work.rank for work, _ in slow_ranks(works(*milliseconds), ratio=1.25)] == named
+
+
+def test_stages_are_not_compared_with_each_other() -> None:
+    stages = [
+        OwnWork(rank, (stage, 0), "node", value)
+        for rank, (stage, value) in enumerate([(0, 90.0), (1, 40.0), (0, 91.0), (1, 60.0)])
+    ]
+    assert [(work.rank, median) for work, median in slow_ranks(stages, ratio=1.25)] == [(3, 40.0)]
 
 
 def rank_trains(prepared: PreparedRun, sleeper: int | None) -> list[str]:
@@ -61,6 +68,13 @@ def rank_trains(prepared: PreparedRun, sleeper: int | None) -> list[str]:
     return warnings
 
 
+def test_a_pipeline_alone_has_nothing_to_compare(run_config: Callable[..., RunConfig]) -> None:
+    logged = {"straggler_check_interval": 4, "straggler_ratio": 1.01}
+    sections = {"parallel": {"pipeline_model_parallel_size": 2}, "schedule": {"train_steps": 4}}
+    prepared = prepare_run(run_config(logging=logged, **sections), world_size=2)
+    assert run_ranks(rank_trains, world_size=2, arguments=(prepared, 1)) == [[], []]
+
+
 @pytest.mark.parametrize("sleeper", [1, None])
 def test_a_rank_that_sleeps_in_each_step_is_named(sleeper: int | None, run_config: Callable[..., RunConfig]) -> None:
     # Without a sleeper the limit lies beyond what a busy machine makes of equal ranks.
@@ -73,5 +87,5 @@ def test_a_rank_that_sleeps_in_each_step_is_named(sleeper: int | None, run_confi
         assert first == []
     else:
         [warning] = first
-        assert warning.startswith("steps 3 to 5: all ranks wait for rank 1 on ")
+        assert warning.startswith("steps 3 to 5: all ranks wait for the forward and backward passes of rank 1 on ")
         assert "straggler_ratio=2" in warning
