@@ -64,6 +64,11 @@ def test_every_example_is_a_command_line_that_parses(verb: str, capsys: pytest.C
     for line in lines:
         parsed, rest = build_parser().parse_known_args(shlex.split(line)[1:])
         assert parsed.verb == verb
+        if "--" in rest:  # what a job of `submit` runs
+            end = rest.index("--")
+            nested, inner = build_parser().parse_known_args(rest[end + 1 :])
+            assert nested.verb in VERBS and all("=" in word for word in inner), inner
+            rest = rest[:end]
         assert all("=" in word for word in rest), rest
 
 

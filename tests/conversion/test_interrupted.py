@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import struct
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,31 +19,9 @@ from megatron_xmtf.checkpoint.reader import CheckpointReader
 from megatron_xmtf.conversion import checkpoint_parts, export_parts, tensor_source
 from megatron_xmtf.conversion.huggingface import import_huggingface
 from megatron_xmtf.conversion.huggingface_export import export_huggingface
+from megatron_xmtf.data.journal import Journal
 from megatron_xmtf.errors import DatasetError
 from tests.conversion.test_huggingface import Tensors, read_tensors, same_bits, write_model
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from megatron_xmtf.conversion import checkpoint_parts, export_parts, tensor_source
-from megatron_xmtf.conversion.huggingface import import_huggingface
-from megatron_xmtf.conversion.huggingface_export import export_huggingface
-from megatron_xmtf.data.journal import Journal
-
-tensor_source.CHUNK_BYTES = export_parts.CHUNK_BYTES = 1500
-checkpoint_parts.FILE_BYTES, export_parts.TASK_BYTES = 15_000, 15_000
-write, left = Journal.write, [int(sys.argv[4])]
-
-def write_and_die(self, directory):
-    write(self, directory)
-    left[0] -= 1
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Journal.write = write_and_die
-convert = {"import": import_huggingface, "export": export_huggingface}[sys.argv[1]]
-convert(Path(sys.argv[2]), Path(sys.argv[3]))
-"""
 
 
 @pytest.fixture
@@ -57,11 +37,25 @@ def model(tmp_path: Path) -> tuple[Path, Tensors]:
     return tmp_path / "model", write_model(tmp_path / "model", dtype=torch.float32, shard="40KB")
 
 
-def kill(what: str, source: Path, output: Path, *, after: int) -> Path:
-    """Run a conversion that dies with its `after`-th entry in the journal; return what it leaves."""
-    command = [sys.executable, "-c", KILLED, what, str(source), str(output), str(after)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == -signal.SIGKILL
+def kill(convert: Callable[..., object], source: Path, output: Path, *, after: int) -> Path:
+    """Run a conversion in a process that dies with its `after`-th entry in the journal; return what it leaves."""
+
+    def run() -> None:
+        torch.set_num_threads(1)  # the threads of this process did not come along
+        write, entries = Journal.write, itertools.count(1)
+
+        def write_and_die(self: Journal, directory: Path) -> None:
+            write(self, directory)
+            if next(entries) == after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Journal.write = write_and_die  # type: ignore[method-assign]
+        convert(source, output)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not output.exists()
     [left] = output.parent.glob(f"{output.name}.tmp-*")
     return left
@@ -74,7 +68,7 @@ def weights_of(checkpoint: Path) -> Tensors:
 
 def test_an_import_goes_on(model: tuple[Path, Tensors], tmp_path: Path, small_parts: None) -> None:
     import_huggingface(model[0], tmp_path / "whole")
-    left = kill("import", model[0], tmp_path / "again", after=3)
+    left = kill(import_huggingface, model[0], tmp_path / "again", after=3)
     kept = {path.name: path.stat().st_mtime_ns for path in sorted(left.glob("*.distcp"))[:3]}
     assert kept
     import_huggingface(model[0], tmp_path / "again", workers=2)
@@ -86,26 +80,26 @@ def test_an_import_goes_on(model: tuple[Path, Tensors], tmp_path: Path, small_pa
 
 def test_an_export_goes_on(model: tuple[Path, Tensors], tmp_path: Path, small_parts: None) -> None:
     import_huggingface(model[0], tmp_path / "checkpoint")
-    left = kill("export", tmp_path / "checkpoint", tmp_path / "hf", after=2)
-    # What the journal says is written is not written again: with its numbers gone, the result would be wrong.
-    file = left / "model.safetensors"
-    stored = bytearray(file.read_bytes())
+    left = kill(export_huggingface, tmp_path / "checkpoint", tmp_path / "hf", after=2)
+    # The control: what the journal says is written is not written again, so an altered number stays.
+    altered = tmp_path / "altered.tmp-1"
+    shutil.copytree(left, altered)
+    stored = bytearray((altered / "model.safetensors").read_bytes())
     (length,) = struct.unpack("<Q", stored[:8])
     place = json.loads(stored[8 : 8 + length])["transformer.word_embeddings.weight"]["data_offsets"][0]
     stored[8 + length + place] ^= 1
-    file.write_bytes(stored)
-    spoiled = export_huggingface(tmp_path / "checkpoint", tmp_path / "hf", workers=2)
-    assert not same_bits(read_tensors(spoiled.directory), model[1]), "the control: done tasks were kept"
-    kill("export", tmp_path / "checkpoint", tmp_path / "hf2", after=2)
-    export_huggingface(tmp_path / "checkpoint", tmp_path / "hf2", workers=2)
-    assert same_bits(read_tensors(tmp_path / "hf2"), model[1])
+    (altered / "model.safetensors").write_bytes(stored)
+    export_huggingface(tmp_path / "checkpoint", tmp_path / "altered")
+    assert not same_bits(read_tensors(tmp_path / "altered"), model[1])
+    export_huggingface(tmp_path / "checkpoint", tmp_path / "hf")
+    assert same_bits(read_tensors(tmp_path / "hf"), model[1])
     assert not list(tmp_path.glob("*.tmp-*"))
 
 
 def test_another_conversion_does_not_go_on_from_it(
     model: tuple[Path, Tensors], tmp_path: Path, small_parts: None
 ) -> None:
-    kill("import", model[0], tmp_path / "again", after=2)
+    kill(import_huggingface, model[0], tmp_path / "again", after=2)
     with pytest.raises(DatasetError, match=r"dtype was 'None', is 'torch.bfloat16'.*--restart"):
         import_huggingface(model[0], tmp_path / "again", dtype=torch.bfloat16)
     import_huggingface(model[0], tmp_path / "again", dtype=torch.bfloat16, restart=True)

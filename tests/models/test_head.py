@@ -24,7 +24,7 @@ from tests.parallel.tiny_engine import SEQUENCE, build_engine, forward_backward,
 from tests.tiny import random_examples
 
 TOLERANCE = 2e-6
-"""16 times fp32's rounding. The two heads add up in another order, and by how much that shows depends on the processor's
+"""16 times fp32's rounding. The two heads add up in another order, and how much that shows depends on the processor's
 matrix product: 1e-6 held on an AMD EPYC, 1.04e-6 was seen on an Intel Xeon."""
 ROWS = pack_examples(random_examples(40), sequence_length=SEQUENCE, pad_id=3)
 EMPTY = empty_row(sequence_length=SEQUENCE, pad_id=3)

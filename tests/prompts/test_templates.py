@@ -127,7 +127,8 @@ def test_parsing_runs_nothing() -> None:
         ("templates: !Template [1]\n", "is not a mapping"),
         ("templates: []\ntemplates: []\n", ":2:1 cannot be read as YAML: key 'templates' appears twice"),
         ("? [a]\n: 1\n", "a key is not a scalar"),
-        ("templates: " + "[" * 100_000, "nested over 32 deep"),
+        ("templates: " + "[" * 100, "nested over 32 deep"),
+        ("templates: " + "[" * 100_000, "nest"),  # PyYAML has a limit of its own since 6.0.4
         ("templates: {", "cannot be read as YAML"),
         ("just text", "is not a template file"),
         ("templates: []\n", "holds no template"),
