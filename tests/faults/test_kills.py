@@ -36,11 +36,11 @@ def drill(run_config: Callable[..., RunConfig], directory: Path, *, trials: int,
     return result
 
 
-def test_some_runs_are_killed(
+def test_a_run_is_killed(
     run_config: Callable[..., RunConfig], directory: Path, record_property: Callable[[str, Any], None]
 ) -> None:
-    result = drill(run_config, directory, trials=2, seed="0")
-    record_property("drill", {"what": "kill -9 at 2 random moments of a run", **result})
+    result = drill(run_config, directory, trials=1, seed="0")
+    record_property("drill", {"what": "kill -9 at a random moment of a run", **result})
     assert result["problems"] == []
 
 
