@@ -224,8 +224,11 @@ def measure_loop(
 
 
 def peer_versions(python: str) -> dict[str, str]:
-    """Ask the peers' Python for its versions."""
-    program = "import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in NAMES}))"
+    """Ask the peers' Python for its versions; a peer that is not run need not be there."""
+    program = (
+        "import importlib.metadata as m, json; there = {d.metadata['Name'] for d in m.distributions()}; "
+        "print(json.dumps({n: m.version(n) if n in there else 'not installed' for n in NAMES}))"
+    )
     names = ("torch", "transformers", "accelerate", "trl")
     done = subprocess.run([python, "-c", f"NAMES={names!r}\n{program}"], check=True, capture_output=True, text=True)
     found: dict[str, str] = json.loads(done.stdout)
