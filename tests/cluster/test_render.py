@@ -56,7 +56,7 @@ def scripts(settings: dict[str, Any]) -> dict[str, str]:
     common: dict[str, Any] = {
         "slurm": slurm(**settings),
         "job_name": "job",
-        "working_directory": Path("/work/it's $(x)"),
+        "working_directory": Path("/project/it's $(x)"),
     }
     runs = [TrainingRun(Path(f"/o/{name}/c.yaml"), Path(f"/o/{name}")) for name in ("it's", "$(two)")]
     return {
