@@ -87,6 +87,7 @@ def log(run: Path) -> str:
     return "\n".join(path.read_text(errors="replace")[-3000:] for path in sorted((run / "slurm").glob("*.out")))
 
 
+@pytest.mark.slow  # two to five minutes: three starts of four ranks on whatever cores there are
 def test_from_records_to_an_exported_model(
     site: Path, submit: Callable[..., str], cluster: VirtualCluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
