@@ -4,6 +4,7 @@ Where there is no GPU, Triton kernels run in its interpreter; it must be told so
 """
 
 import os
+import signal
 from glob import glob
 
 if not glob("/dev/nvidia[0-9]*"):
@@ -12,6 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+# `make test` runs one half in the background of a shell, where SIGINT is ignored; tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
