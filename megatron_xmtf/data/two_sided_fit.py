@@ -10,15 +10,21 @@ much of that side the examples without a row still ask for. Long inputs with sho
 long targets; where one side alone is scarce, it is best fit on that side. The row found is taken as often as there are
 examples for it, which exhausts a pair: the work grows with the number of different pairs, not of examples.
 
-Pairs lie on a plane in blocks of `BLOCK_INPUTS` x `BLOCK_TARGETS`; blocks are searched in the order of how near their
-nearest corner is, and only until no other can hold a nearer pair.
+Nearness alone closes rows whose targets are full and whose inputs are two thirds full while there are others to choose
+from, and is left with short targets to many inputs that no row can use. So a pair is also far if the rooms that it
+leaves on the two sides differ other than by what the sides ask: `balance` weighs that. Which weight is best depends on
+the lengths; they are tried in turn until the rows are as few as the bound allows, or nearly.
+
+Pairs lie on a plane in blocks of `BLOCK_INPUTS` x `BLOCK_TARGETS`; blocks are searched in the order of how near the
+nearest pair in them can be, and only until no other can hold a nearer one.
 Source:  bin-centric norm-based greedy of Panigrahy et al. 2011 ("Heuristics for vector bin packing"), here on a
-         histogram (Krell et al. 2021, arXiv 2107.02027); lower bound: L2 of Martello & Toth 1990, side by side.
+         histogram (Krell et al. 2021, arXiv 2107.02027), and balanced; lower bound: L2 of Martello & Toth 1990 a side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +34,13 @@ from megatron_xmtf.errors import DatasetError
 
 __all__ = ["TWO_SIDED_VERSION", "fewest_rows", "pack_two_sided", "two_sided_patterns"]
 
-TWO_SIDED_VERSION = 1
+TWO_SIDED_VERSION = 2
 """Part of the key of two-sided rows: raised by any change that gives other rows for the same lengths and seed."""
 BLOCK_INPUTS, BLOCK_TARGETS = 32, 8
+BALANCES = 0.5, 1.0, 0.0
+"""Weights of the balance of the two sides, in the order in which they are tried."""
+NEARLY = 1.005
+"""Rows over the bound's at which no further balance is tried."""
 
 
 def pack_two_sided(
@@ -77,14 +87,31 @@ def pack_two_sided(
     return place_examples(keys, num_keys=len(present), patterns=patterns, random=np.random.default_rng(seed))
 
 
-def two_sided_patterns(counts: NDArray[np.int64]) -> list[RowPattern]:
+def two_sided_patterns(counts: NDArray[np.int64], balances: Sequence[float] = BALANCES) -> list[RowPattern]:
     """Decide which pairs of lengths share a row.
 
     Args:    counts: [encoder_length + 1, decoder_length + 1], examples of each pair; row 0 and column 0 are 0.
+             balances: weights to try, at least one; the fewest rows win.
     Returns: classes of rows; of a pair (inputs, targets) `lengths` holds inputs * (decoder_length + 1) + targets.
              Every example is in exactly one row.
     """
-    plane = _Plane(counts)
+    enough = NEARLY * fewest_rows(counts)
+    best: list[RowPattern] = []
+    for balance in balances:
+        found = _patterns_of(counts, balance)
+        if not best or _count_rows(found) < _count_rows(best):
+            best = found
+        if _count_rows(best) <= enough:
+            break
+    return best
+
+
+def _count_rows(patterns: list[RowPattern]) -> int:
+    return sum(pattern.rows for pattern in patterns)
+
+
+def _patterns_of(counts: NDArray[np.int64], balance: float) -> list[RowPattern]:
+    plane = _Plane(counts, balance)
     encoder_length, decoder_length = counts.shape[0] - 1, counts.shape[1] - 1
     patterns = []
     while plane.left:
@@ -108,7 +135,8 @@ def two_sided_patterns(counts: NDArray[np.int64]) -> list[RowPattern]:
 class _Plane:
     """Examples without a row, by their pair of lengths; finds the pair nearest to the room that a row has left."""
 
-    def __init__(self, counts: NDArray[np.int64]) -> None:
+    def __init__(self, counts: NDArray[np.int64], balance: float) -> None:
+        self._balance = balance
         self._size = counts.shape[0] - 1, counts.shape[1] - 1
         down, across = -(-counts.shape[0] // BLOCK_INPUTS), -(-counts.shape[1] // BLOCK_TARGETS)
         self.counts = np.zeros((down * BLOCK_INPUTS, across * BLOCK_TARGETS), np.int64)
@@ -121,8 +149,6 @@ class _Plane:
             int(counts.sum(axis=1) @ np.arange(counts.shape[0])),
             int(counts.sum(axis=0) @ np.arange(counts.shape[1])),
         ]
-        # Distances from the room left, by how far a length is below it.
-        self._below = [np.arange(BLOCK_INPUTS, dtype=np.float64), np.arange(BLOCK_TARGETS, dtype=np.float64)]
         self.weigh_sides()
 
     def _list_blocks(self) -> None:
@@ -134,10 +160,15 @@ class _Plane:
         self._emptied = 0
 
     def weigh_sides(self) -> None:
-        """Weigh each side by what is still asked of it, in rows; squared, per token squared."""
+        """Weigh each side by what is still asked of it, in rows."""
         inputs, targets = self._asked[0] / self._size[0], self._asked[1] / self._size[1]
         most = max(inputs, targets, 1e-9)
-        self._weights = inputs / most / self._size[0] ** 2, targets / most / self._size[1] ** 2
+        self._weights = inputs / most, targets / most
+        self._ahead = (targets - inputs) / most  # room of the inputs over that of the targets in rows as asked
+
+    def _distance(self, inputs: Any, targets: Any, imbalance: Any) -> Any:
+        """Distance, squared, of rooms left in parts of their sides, and of how far their difference is off."""
+        return self._weights[0] * inputs**2 + self._weights[1] * targets**2 + self._balance * imbalance**2
 
     def take(self, pair: tuple[int, int], count: int) -> None:
         """Take examples of a pair away."""
@@ -158,13 +189,16 @@ class _Plane:
         """Return the pair nearest to the room among those that fit it; None if none fits."""
         if room_inputs < 1 or room_targets < 1:
             return None
-        weight_inputs, weight_targets = self._weights
         short_inputs = room_inputs - self._first_inputs
         short_targets = room_targets - self._first_targets
         possible = np.flatnonzero((short_inputs >= 0) & (short_targets >= 0) & self._is_left)
-        near_inputs = np.maximum(short_inputs[possible] - (BLOCK_INPUTS - 1), 0)
-        near_targets = np.maximum(short_targets[possible] - (BLOCK_TARGETS - 1), 0)
-        bounds = weight_inputs * near_inputs**2 + weight_targets * near_targets**2
+        # Rooms that pairs of a block leave, in parts: from its far corner's to its near corner's.
+        most_inputs, most_targets = short_inputs[possible] / self._size[0], short_targets[possible] / self._size[1]
+        least_inputs = np.maximum(most_inputs - (BLOCK_INPUTS - 1) / self._size[0], 0)
+        least_targets = np.maximum(most_targets - (BLOCK_TARGETS - 1) / self._size[1], 0)
+        below = least_inputs - most_targets - self._ahead
+        above = self._ahead - (most_inputs - least_targets)
+        bounds = self._distance(least_inputs, least_targets, np.maximum(np.maximum(below, above), 0))
         best, best_pair = np.inf, None
         while len(bounds):
             at = int(bounds.argmin())
@@ -184,8 +218,9 @@ class _Plane:
         inputs, targets = self.counts[first_inputs:end_inputs, first_targets:end_targets].nonzero()
         if not len(inputs):
             return None
-        below_inputs, below_targets = room_inputs - first_inputs - inputs, room_targets - first_targets - targets
-        distances = self._weights[0] * below_inputs**2 + self._weights[1] * below_targets**2
+        leaves_inputs = (room_inputs - first_inputs - inputs) / self._size[0]
+        leaves_targets = (room_targets - first_targets - targets) / self._size[1]
+        distances = self._distance(leaves_inputs, leaves_targets, leaves_inputs - leaves_targets - self._ahead)
         at = int(distances.argmin())
         return float(distances[at]), (first_inputs + int(inputs[at]), first_targets + int(targets[at]))
 

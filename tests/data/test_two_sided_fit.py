@@ -59,14 +59,34 @@ def test_against_every_way_to_pack(seed):
     assert fewest_rows(counts_of(pairs, 12, 7)) <= best <= found <= best + 1
 
 
+def test_rows_that_were_cut_up_are_found_again():
+    """Full rows, cut: a few examples with most of the targets, many short ones with half of the inputs.
+
+    Nearness alone fills the targets of its first rows, and ends with short inputs whose targets fill no row.
+    """
+    random, pairs = np.random.default_rng(0), []
+    for _ in range(400):
+        few, many = random.integers(2, 6), random.integers(8, 20)
+        for pieces, (inputs, targets) in ((few, (256, 104)), (many, (256, 24))):
+            sides = [
+                1 + np.floor(random.dirichlet([2.0] * pieces) * (side - pieces)).astype(int)
+                for side in (inputs, targets)
+            ]
+            pairs += zip(*(side.tolist() for side in sides), strict=True)
+    counts = counts_of(pairs, 512, 128)
+    rows, near = (sum(pattern.rows for pattern in two_sided_patterns(counts, *args)) for args in ((), ([0.0],)))
+    assert fewest_rows(counts) <= rows <= 400 < near
+
+
 def test_the_bound_sees_more_than_the_sum_of_lengths():
     # Three inputs of more than half a row need three rows, though 6 + 6 + 6 tokens would fill two.
     assert fewest_rows(counts_of([(6, 1)] * 3, 10, 8)) == 3
     assert fewest_rows(counts_of([(2, 3)] * 3, 10, 8)) == 2
 
 
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("lengths", [(100, 40), (64, 200), (33, 9)])
-def test_blocks_find_the_nearest_pair(lengths):
+def test_blocks_find_the_nearest_pair(lengths, balance):
     """The same rule, without blocks: each time every pair that is left is looked at."""
     random = np.random.default_rng(sum(lengths))
     inputs = np.clip(random.lognormal(2.5, 1, 400).astype(int), 1, lengths[0])
@@ -76,12 +96,14 @@ def test_blocks_find_the_nearest_pair(lengths):
     expected = []
     while left:
         asked = [sum(pair[side] * count for pair, count in left.items()) / lengths[side] for side in (0, 1)]
-        weights = [asked[side] / max(asked) / lengths[side] ** 2 for side in (0, 1)]
+        weights = [asked[side] / max(asked) for side in (0, 1)]
         room, row, available = list(lengths), [], dict(left)
         while fitting := [pair for pair in available if pair[0] <= room[0] and pair[1] <= room[1]]:
-            distances = {
-                pair: sum(weights[side] * (room[side] - pair[side]) ** 2 for side in (0, 1)) for pair in fitting
-            }
+            distances = {}
+            for pair in fitting:
+                leaves = [(room[side] - pair[side]) / lengths[side] for side in (0, 1)]
+                imbalance = (leaves[0] - leaves[1]) - (weights[1] - weights[0])
+                distances[pair] = sum(weights[side] * leaves[side] ** 2 for side in (0, 1)) + balance * imbalance**2
             pair = min(distances, key=distances.__getitem__)
             row.append(pair)
             room = [room[0] - pair[0], room[1] - pair[1]]
@@ -96,7 +118,7 @@ def test_blocks_find_the_nearest_pair(lengths):
     width = lengths[1] + 1
     patterns = [
         (pattern.rows, sorted(divmod(code, width) for code in pattern.lengths))
-        for pattern in two_sided_patterns(counts)
+        for pattern in two_sided_patterns(counts, [balance])
     ]
     assert patterns == expected
 
