@@ -52,8 +52,8 @@ def check_copies(model: HuggingFaceModel, mapping: FamilyMapping, parameters: li
     for name in mapping.copies:
         if name != embedding and name in model.tensors and not same_tensor(model, name, embedding):
             raise CheckpointError(
-                f"{model.directory}: {name} differs from {embedding}, and {mapping.description} has one table for "
-                "both, so it cannot be kept. Remove it if it is not meant to be used."
+                f"{model.tensors[name].path}: {name} differs from {embedding}, and {mapping.description} has one "
+                "table for both, so it cannot be kept. Remove it if it is not meant to be used."
             )
     _check_zeros(model, mapping)
 
@@ -66,7 +66,8 @@ def _check_zeros(model: HuggingFaceModel, mapping: FamilyMapping) -> None:
     for name in mapping.zeros:
         if name in model.tensors and bool(model.read(name).any()):
             raise CheckpointError(
-                f"{model.directory}: {name} is not zero, and {mapping.description} has nothing that it could become."
+                f"{model.tensors[name].path}: {name} is not zero, and {mapping.description} has nothing that it "
+                "could become."
             )
 
 

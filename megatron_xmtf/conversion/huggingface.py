@@ -17,7 +17,7 @@ import torch
 from megatron_xmtf.conversion.checkpoint_parts import CheckpointDescription, write_checkpoint
 from megatron_xmtf.conversion.embedding_copies import check_copies, model_architecture
 from megatron_xmtf.conversion.families import mapping_of
-from megatron_xmtf.conversion.huggingface_model import HuggingFaceModel, copy_side_files, dtype_name
+from megatron_xmtf.conversion.huggingface_model import HuggingFaceModel, check_side_files, copy_side_files, dtype_name
 from megatron_xmtf.conversion.mapping import MatchedParameter, check_shapes, match_names
 from megatron_xmtf.conversion.tensor_source import matched_tensor
 from megatron_xmtf.errors import CheckpointError, NonFiniteError
@@ -60,6 +60,8 @@ def import_huggingface(
     open_source = partial(HuggingFaceSource, Path(directory), dtype)
     with open_source() as source:
         match_model(source.model)
+        source.model.check_bytes()
+        check_side_files(source.model.directory)
         stored = {dtype_name(tensor.dtype) for tensor in source.tensors}
         name = stored.pop() if len(stored) == 1 else "mixed"
         total = sum(tensor.nbytes for tensor in source.model.tensors.values())
@@ -112,12 +114,15 @@ class HuggingFaceSource:
         if start >= parameter.shape[0]:
             return torch.zeros((end - start, *parameter.shape[1:]), dtype=dtype)
         if len(parameter.hf) == 1:
-            return convert_part(self.model.read(parameter.hf[0], rows=rows), dtype=dtype, name=parameter.hf[0])
+            return self._read(parameter.hf[0], rows, dtype)
         part = torch.empty((end - start, *parameter.shape[1:]), dtype=dtype)
         for source_name, source_rows, view in parameter.source_views(part, start=start):
-            read = self.model.read(source_name, rows=source_rows)
-            view.copy_(convert_part(read, dtype=dtype, name=source_name).view(view.shape))
+            view.copy_(self._read(source_name, source_rows, dtype).view(view.shape))
         return part
+
+    def _read(self, name: str, rows: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        where = f"{self.model.tensors[name].path}: {name}"
+        return convert_part(self.model.read(name, rows=rows), dtype=dtype, name=where)
 
 
 def match_model(model: HuggingFaceModel, *, copies: bool = True) -> list[MatchedParameter]:
@@ -126,10 +131,11 @@ def match_model(model: HuggingFaceModel, *, copies: bool = True) -> list[Matched
     Args:    copies: compare copies of the embedding with it, which reads all of them.
     Raises:  CheckpointError: missing, unexpected or misshaped tensors, or a copy of the embedding that differs from it.
     """
-    mapping, what = mapping_of(model_architecture(model)), str(model.directory)
+    mapping, what = mapping_of(model_architecture(model)), str(model.listing)
     parameters = match_names(mapping, names=model.tensors, what=what, side="hf")
     shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
-    check_shapes(parameters, shapes, what=what, side="hf")
+    files = {name: tensor.path.name for name, tensor in model.tensors.items()}
+    check_shapes(parameters, shapes, what=what, side="hf", files=files)
     if copies:
         check_copies(model, mapping, parameters)
     return parameters
@@ -162,8 +168,9 @@ def _stored_dtype(model: HuggingFaceModel, parameter: MatchedParameter) -> torch
     types = {name: model.tensors[name].dtype for name in parameter.hf}
     if len(set(types.values())) > 1:
         listed = ", ".join(f"{name} is {dtype_name(dtype)}" for name, dtype in types.items())
+        files = ", ".join(sorted({str(model.tensors[name].path) for name in parameter.hf}))
         raise CheckpointError(
-            f"{model.directory}: {listed}; they are one tensor here ({parameter.ours}) and have one type. "
+            f"{files}: {listed}; they are one tensor here ({parameter.ours}) and have one type. "
             "Give the type to convert all weights to (--dtype)."
         )
     return next(iter(types.values()))

@@ -12,10 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 import shutil
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,11 +22,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_xmtf.checkpoint.stored_chunk import DAMAGE
+from megatron_xmtf.conversion.safetensors_file import check_header
+from megatron_xmtf.conversion.torch_file import check_bytes, is_archive, open_torch_file
 from megatron_xmtf.errors import CheckpointError, ConfigError, CorruptCheckpointError, MissingError
 from megatron_xmtf.files import read_json, require_directory, require_file, safe_child
 
-__all__ = ["SIDE_FILES", "HuggingFaceModel", "HuggingFaceTensor", "copy_side_files"]
+__all__ = ["SIDE_FILES", "HuggingFaceModel", "HuggingFaceTensor", "check_side_files", "copy_side_files"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +80,8 @@ class HuggingFaceModel:
         self.config = read_config(self.directory)
         self._pickled: dict[Path, dict[str, torch.Tensor]] = {}
         self._open: tuple[Path, Any] | None = None
+        self.listing = self._find_listing()
+        """What names its tensors: the index, or the one file of weights."""
         self.tensors = self._list_tensors()
 
     def __enter__(self) -> HuggingFaceModel:
@@ -110,22 +111,31 @@ class HuggingFaceModel:
             raise CorruptCheckpointError(f"{tensor.path}: {name} cannot be read: {error}.") from error
         return result
 
-    def _list_tensors(self) -> dict[str, HuggingFaceTensor]:
-        for stem, read_file in (
-            ("model.safetensors", self._list_safetensors),
-            ("pytorch_model.bin", self._list_pickled),
-        ):
-            index = self.directory / f"{stem}.index.json"
-            if index.is_file():
-                return self._list_indexed(index, read_file)
-            if (self.directory / stem).is_file():
-                return read_file(weights_path(self.directory, stem))
+    def check_bytes(self) -> None:
+        """Compare pickled weights with their checksums; reads them once. safetensors files have none.
+
+        Raises:  CorruptCheckpointError: names file and tensor.
+        """
+        for path in self._pickled:
+            if is_archive(path):
+                check_bytes(path)
+
+    def _find_listing(self) -> Path:
+        for stem in ("model.safetensors", "pytorch_model.bin"):
+            for name in (f"{stem}.index.json", stem):
+                if (self.directory / name).is_file():
+                    return weights_path(self.directory, name)
         raise MissingError(
             f"{self.directory} holds no weights: none of model.safetensors, model.safetensors.index.json, "
             "pytorch_model.bin, pytorch_model.bin.index.json is there."
         )
 
-    def _list_indexed(self, index: Path, read_file: Any) -> dict[str, HuggingFaceTensor]:
+    def _list_tensors(self) -> dict[str, HuggingFaceTensor]:
+        read_file = self._list_safetensors if "safetensors" in self.listing.name else self._list_pickled
+        return self._list_indexed(read_file) if self.listing.suffix == ".json" else read_file(self.listing)
+
+    def _list_indexed(self, read_file: Callable[[Path], dict[str, HuggingFaceTensor]]) -> dict[str, HuggingFaceTensor]:
+        index = self.listing
         contents = read_json(index)
         weight_map = contents.get("weight_map") if isinstance(contents, dict) else None
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -148,10 +158,7 @@ class HuggingFaceModel:
         found = {}
         for name in handle.keys():  # noqa: SIM118  (a handle is not a mapping)
             part = handle.get_slice(name)
-            dtype = DTYPES.get(part.get_dtype())
-            if dtype is None:
-                raise _unsupported(path, name, part.get_dtype())
-            found[name] = HuggingFaceTensor(tuple(part.get_shape()), dtype, path)
+            found[name] = HuggingFaceTensor(tuple(part.get_shape()), DTYPES[part.get_dtype()], path)
         return found
 
     def _list_pickled(self, path: Path) -> dict[str, HuggingFaceTensor]:
@@ -159,7 +166,10 @@ class HuggingFaceModel:
         found = {}
         for name, tensor in self._pickled[path].items():
             if tensor.dtype not in DTYPES.values():
-                raise _unsupported(path, name, str(tensor.dtype))
+                kind = dtype_name(tensor.dtype)
+                raise CheckpointError(
+                    f"{path}: {name} has type {kind}; only {', '.join(DTYPES)} weights are converted."
+                )
             found[name] = HuggingFaceTensor(tuple(tensor.shape), tensor.dtype, path)
         return found
 
@@ -200,6 +210,18 @@ def weights_path(directory: Path, name: str) -> Path:
     return require_file(safe_child(directory, name))
 
 
+def check_side_files(directory: Path) -> None:
+    """Check what would be copied: none leads outside, and JSON is JSON.
+
+    Raises:  ConfigError: names the file.
+    """
+    for name in SIDE_FILES:
+        if (directory / name).is_file():
+            path = weights_path(directory, name)
+            if name.endswith(".json"):
+                read_json(path)
+
+
 def copy_side_files(source: Path, target: Path) -> list[str]:
     """Copy config.json, tokenizer files and the like; return the names."""
     target.mkdir(parents=True, exist_ok=True)
@@ -216,6 +238,7 @@ def config_dtype(config: Mapping[str, Any]) -> str | None:
 
 
 def _open_safetensors(path: Path) -> Any:
+    check_header(path)
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -225,29 +248,11 @@ def _open_safetensors(path: Path) -> Any:
 
 
 def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
-    """Load a .bin with torch's restricted loader, memory-mapped; never a second try without the restriction."""
-    try:
-        with open(path, "rb") as stream:
-            is_zip = stream.read(2) == b"PK"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of the pickle protocol; what matters comes as an error
-            # Files older than torch 1.6 are no zip archives and cannot be memory-mapped.
-            value = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        # torch's own words advise to load it without the restriction.
-        raise CorruptCheckpointError(
-            f"{path} is refused: it holds more than tensors, or is damaged. Ask for a safetensors version of the model."
-        ) from error
-    except DAMAGE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CorruptCheckpointError(f"{path} is damaged: {reason}. Get it again.") from error
+    """Load a .bin through torch's restricted loader, memory-mapped; its checksums are compared by `check_bytes`."""
+    value = open_torch_file(path, check=False, legacy=True)
     if not isinstance(value, dict) or not all(isinstance(item, torch.Tensor) for item in value.values()):
         raise CheckpointError(f"{path} is not a flat dictionary of tensors.")
     return value
-
-
-def _unsupported(path: Path, name: str, dtype: str) -> CheckpointError:
-    return CheckpointError(f"{path}: {name} has type {dtype}; only {', '.join(DTYPES)} weights are converted.")
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:

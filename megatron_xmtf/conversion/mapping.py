@@ -35,6 +35,9 @@ Split = Literal["replicated", "column rows", "row columns", "vocabulary rows"]
 """How tensor-parallel ranks share it: all hold it whole; rows of a column-parallel weight or bias; columns of a
 row-parallel weight; rows of the embedding. Checkpoints hold whole tensors; this names what a rank reads of them."""
 
+LISTED_LAYERS = 10_000
+"""More layers than any model has: a damaged number of layers is not written out to name what is missing."""
+
 
 @dataclass(frozen=True)
 class ParameterRow:
@@ -191,6 +194,12 @@ def match_names(
     Raises:  CheckpointError: names the tensors that are missing and those that belong nowhere.
     """
     found = set(names)
+    layers = sum(mapping.sizes[section.layers] for section in mapping.sections if section.layers is not None)
+    if layers > max(len(found), LISTED_LAYERS):
+        raise CheckpointError(
+            f"{what} holds {len(found)} tensors, too few for {mapping.description}, which its config.json says it is. "
+            "A conversion is complete or not done; check that weights and config.json belong together."
+        )
     prefix = mapping.prefix if side == "ours" or any(name.startswith(mapping.prefix) for name in found) else ""
     parameters = expand_rows(mapping, prefix=prefix)
     if side == "hf":
@@ -229,9 +238,11 @@ def check_shapes(
     *,
     what: str,
     side: Literal["hf", "ours"],
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Check that every tensor has the shape that the architecture gives it.
 
+    Args:    files: tensor -> file that holds it, for the message.
     Raises:  CheckpointError: names the tensors with both shapes.
     """
     wrong = []
@@ -239,7 +250,8 @@ def check_shapes(
         wanted = parameter.source_shape if side == "hf" else parameter.padded_shape
         for name in parameter.hf if side == "hf" else (parameter.ours,):
             if tuple(shapes[name]) != wanted:
-                wrong.append(f"{name} is {list(shapes[name])} instead of {list(wanted)}")
+                place = f" in {files[name]}" if files is not None else ""
+                wrong.append(f"{name} is {list(shapes[name])} instead of {list(wanted)}{place}")
     if wrong:
         raise CheckpointError(f"{what}: shapes do not agree with its config.json: {_listed('wrong', wrong)}.")
 

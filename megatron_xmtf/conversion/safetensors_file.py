@@ -1,4 +1,4 @@
-"""Write safetensors files a few rows at a time, from several processes.
+"""Write safetensors files a few rows at a time, from several processes, and check the headers of others' files.
 
 The library's own `save_file` takes all tensors of a file at once. The layout (safetensors' format description):
 
@@ -17,10 +17,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["SHARD_BYTES", "SafetensorsFile", "TensorHeader", "plan_shards"]
+from megatron_xmtf.errors import CheckpointError, CorruptCheckpointError
+
+__all__ = ["SHARD_BYTES", "SafetensorsFile", "TensorHeader", "check_header", "plan_shards"]
 
 SHARD_BYTES = 5_000_000_000
 """Largest file; one tensor that is larger gets its own. 5 GB: what `save_pretrained` did up to transformers 4."""
@@ -40,6 +43,76 @@ class TensorHeader:
     def bytes(self) -> int:
         """Size of its data."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def check_header(path: Path) -> None:
+    """Check that a file is what its header says, as the library does on opening, but name the tensor.
+
+    Raises:  CorruptCheckpointError: cut off, a header that is no JSON, a tensor that is there twice or whose bytes are
+             not where the one before it ends, too many or too few. CheckpointError: another type of weights, or an
+             order of numbers that is not torch's.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > size - 8:
+            raise _damaged(path, f"its header is {length:,} bytes long")
+        try:
+            contents = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_once)
+            metadata = contents.pop("__metadata__", {})
+            found = {name: _read_entry(name, entry) for name, entry in contents.items()}
+            framework = metadata.get("format", "pt")
+        except (AttributeError, RecursionError, TypeError, ValueError) as error:
+            raise _damaged(path, f"its header is not one ({str(error)[:120]})") from error
+    if framework != "pt":
+        raise CheckpointError(
+            f"{path} was written for {framework!r}, whose matrices may be transposed; get the one for torch (`pt`)."
+        )
+    end = 0
+    for name, (kind, shape, begin, last) in sorted(found.items(), key=lambda item: item[1][2:]):
+        if kind not in DTYPE_NAMES.values():
+            raise CheckpointError(
+                f"{path}: {name} has type {kind}; only {', '.join(DTYPE_NAMES.values())} weights are converted."
+            )
+        wanted = math.prod(shape) * next(dtype.itemsize for dtype, known in DTYPE_NAMES.items() if known == kind)
+        if min(shape, default=0) < 0 or begin != end or last - begin != wanted:
+            raise _damaged(
+                path, f"{name}, {kind} {list(shape)}, has bytes {begin} to {last}; its own are {end} to {end + wanted}"
+            )
+        if last > size - 8 - length:
+            raise _damaged(path, f"{name} ends {last - (size - 8 - length):,} bytes behind the end of the file")
+        end = last
+    if end != size - 8 - length:
+        raise _damaged(path, f"{size - 8 - length - end:,} bytes behind its last tensor belong to none")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is in it twice")
+    return found
+
+
+def _read_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """Return type, shape and bytes [begin, end) of a tensor.
+
+    Raises:  ValueError: it has not exactly these.
+    """
+    try:
+        shape, (begin, end) = entry["shape"], entry["data_offsets"]
+        numbers = [*shape, begin, end]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{name} has no shape and offsets") from None
+    if not isinstance(entry.get("dtype"), str) or not all(type(number) is int for number in numbers):
+        raise ValueError(f"{name} has a type that is no word, or a size that is no whole number")
+    return entry["dtype"], tuple(shape), begin, end
+
+
+def _damaged(path: Path, reason: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file: {reason}. Get it again."
+    )
 
 
 def plan_shards(headers: Sequence[TensorHeader], *, shard_bytes: int = SHARD_BYTES) -> dict[str, list[TensorHeader]]:

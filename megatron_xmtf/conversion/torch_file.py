@@ -12,6 +12,7 @@ object and does nothing.
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,10 +21,11 @@ from typing import Any
 
 import torch
 
+from megatron_xmtf.checkpoint.stored_chunk import DAMAGE
 from megatron_xmtf.errors import CorruptCheckpointError
 from megatron_xmtf.files import require_file
 
-__all__ = ["STAND_INS", "StandIn", "check_bytes", "fields_of", "open_torch_file", "stand_in_class"]
+__all__ = ["STAND_INS", "StandIn", "check_bytes", "fields_of", "is_archive", "open_torch_file", "stand_in_class"]
 
 BLOCK_BYTES = 1 << 20
 
@@ -85,39 +87,44 @@ STAND_INS: Mapping[str, type[StandIn]] = {name: stand_in_class(name) for name in
 """Full name in a pickle -> what is put there. What real files name; torch's tensors, sizes and types besides."""
 
 
-def open_torch_file(path: Path | str, *, check: bool = True) -> Any:
+def open_torch_file(path: Path | str, *, check: bool = True, legacy: bool = False) -> Any:
     """Load a file of `torch.save`, its tensors memory-mapped.
 
-    Args:    check: compare the CRC-32 of all bytes first; reads the whole file once.
+    Args:    check: compare the CRC-32 of all bytes first; reads the whole file once. legacy: also open what torch
+             before 1.6 wrote: no archive, no checksums, not mapped.
     Raises:  MissingError: no such file. CorruptCheckpointError: cut off, altered, older than torch 1.6 (no archive), or
              it names anything but tensors, plain data and `STAND_INS`; the refused name is given.
     """
     path = require_file(path)
-    if check:
+    mapped = not legacy or is_archive(path)
+    if check and mapped:
         check_bytes(path)
     try:
-        with _only_stand_ins():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with _only_stand_ins(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the pickle protocol; what matters comes as an error
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         # torch's own words advise to load it without the restriction.
-        words = str(error).replace("`", " ").split()
-        named = words[words.index("GLOBAL") + 1] if "GLOBAL" in words else "what no checkpoint needs"
+        named = _refused_name(str(error))
         raise CorruptCheckpointError(
             f"{path} is refused: it names {named}. It is damaged, was made to run code, or holds objects of a program "
             "that is not known here; get it from a source that you trust, or one that holds tensors alone."
         ) from error
-    except (
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (*DAMAGE, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CorruptCheckpointError(f"{path} is damaged: {reason[:200]}. Get it again.") from error
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file is an archive, as torch writes since 1.6."""
+    with open(path, "rb") as stream:
+        return stream.read(2) == b"PK"
+
+
+def _refused_name(message: str) -> str:
+    """Return the name that torch's loader refused, out of its words."""
+    words = message.replace("`", " ").split()
+    return words[words.index("GLOBAL") + 1] if "GLOBAL" in words[:-1] else "what no checkpoint needs"
 
 
 @contextmanager

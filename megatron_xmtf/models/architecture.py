@@ -62,5 +62,5 @@ def architecture_from_hf(config: Mapping[str, Any], *, head_differs: bool | None
     if model_type == "blenderbot":
         return alexatm_from_hf(config)
     raise CheckpointError(
-        f"model_type {model_type!r} has no family here; {nearest_names(str(model_type), MODEL_TYPES)}."
+        f"config.json: model_type {model_type!r} has no family here; {nearest_names(str(model_type), MODEL_TYPES)}."
     )

@@ -441,7 +441,7 @@ def put_pickle(directory: Path) -> None:
         (lambda d: (d / "config.json").unlink(), USER, "config.json does not exist"),
         (lambda d: (d / "model.safetensors").unlink(), USER, "holds no weights"),
         (lambda d: cut(d / "model.safetensors"), CORRUPT, "not a whole safetensors file"),
-        (put_pickle, CORRUPT, "holds more than tensors"),
+        (put_pickle, CORRUPT, "is refused: it names"),
         (put_infinity, NON_FINITE, "NaN or Inf"),
     ],
     ids="gpt2 auto_map heads layers config-broken no-config no-weights cut pickle infinity".split(),
