@@ -37,9 +37,9 @@ __all__ = ["TWO_SIDED_VERSION", "fewest_rows", "pack_two_sided", "two_sided_patt
 TWO_SIDED_VERSION = 2
 """Part of the key of two-sided rows: raised by any change that gives other rows for the same lengths and seed."""
 BLOCK_INPUTS, BLOCK_TARGETS = 32, 8
-BALANCES = 0.5, 1.0, 0.0
+BALANCES = 0.5, 0.0
 """Weights of the balance of the two sides, in the order in which they are tried."""
-NEARLY = 1.005
+NEARLY = 1.01
 """Rows over the bound's at which no further balance is tried."""
 
 

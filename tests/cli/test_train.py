@@ -143,7 +143,7 @@ def test_a_changed_run_is_resumed_only_when_allowed(copied: Any) -> None:
     assert steps_kept(run) == ["step_0000008", "step_0000009"]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_half_precision_trains_near_fp32(finished: Any, tmp_path: Path, precision: str) -> None:
     config, run, _ = finished
     output = tmp_path / "run"

@@ -185,7 +185,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP1": (1, {}),
     "TP2": (2, {TP: 2}),
     "TP2-SP": (2, {TP: 2, "sequence_parallel": True}),
-    "PP2": (2, {PP: 2}),
     "PP2-VPP2": (2, {PP: 2, "virtual_pipeline_model_parallel_size": 2}),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +67,36 @@ RAMPED: dict[str, tuple[int, dict[str, Any]]] = {
     "ramp-PP2-VPP2": (2, {**batch(2, **RAMP), "parallel": {PP: 2, VPP: 2}}),
 }
 
-GROUPS = {
-    # for each number of ranks, all runs that are trained together; the references are those of one rank
-    1: {"reference": {}, "another-seed": {"seed": 7}, "ramp-reference": batch(2, **RAMP)},
-    2: {},
-    4: {},
-    6: {},
+MORE = {
+    "DP2-overlap-gradients",
+    "DP2-distributed-optimizer-overlap-gradients",
+    "PP2-DP2",
+    "PP2-DP2-distributed-optimizer",
+    "PP2-uneven-3-1",
+    "TP2-DP2-overlap",
+    "micro-batch-1-PP2-VPP2",
+    "recompute-full-uniform-2",
+    "recompute-selective-TP2-SP",
+    "ramp-DP2-overlap",
 }
+"""Left to `make drill`: they join two things that other variants show."""
+
+REFERENCES: dict[str, dict[str, Any]] = {
+    "reference": {},
+    "another-seed": {"seed": 7},
+    "ramp-reference": batch(2, **RAMP),
+}
+GROUPS: dict[tuple[int, bool], dict[str, dict[str, Any]]] = {(1, False): REFERENCES}
+"""(ranks, left to the drill) -> runs that are trained together, by name."""
 for variant, (variant_ranks, variant_sections) in {**VARIANTS, **RAMPED}.items():
-    GROUPS[variant_ranks][variant] = variant_sections
+    GROUPS.setdefault((variant_ranks, variant in MORE), {})[variant] = variant_sections
 
 
 @pytest.fixture(scope="module")
 def curve_of(
     tiny_checkpoint: Path, tiny_pairs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Curve]:
-    """Return the curve of a run by name; the first of a number of ranks trains all of them."""
+    """Return the curve of a run by name; the first of a group trains all of it."""
     from tests.conftest import make_run_config
 
     make = make_run_config(tiny_checkpoint, tiny_pairs, tmp_path_factory.mktemp("invariance"))
@@ -90,10 +104,11 @@ def curve_of(
 
     def curve(name: str) -> Curve:
         if name not in found:
-            (ranks,) = (ranks for ranks, group in GROUPS.items() if name in group)
+            (key,) = (key for key, group in GROUPS.items() if name in group)
+            ranks = key[0]
             runs = {
                 one: Run(prepare_run(make(**sections), world_size=ranks), ranks, STEPS, unpacked=one == "unpacked")
-                for one, sections in GROUPS[ranks].items()
+                for one, sections in GROUPS[key].items()
             }
             found.update(curves(runs))
         return found[name]
@@ -108,14 +123,18 @@ def assert_equal(found: Curve, wanted: Curve) -> None:
         assert ours[1] == pytest.approx(theirs[1], rel=10 * TOLERANCE), f"gradient norm of step {step}"
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+def names(variants: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in MORE else []) for name in variants]
+
+
+@pytest.mark.parametrize("name", names(VARIANTS))
 def test_curve_equals_one_process(name: str, curve_of: Callable[[str], Curve]) -> None:
     reference = curve_of("reference")
     assert reference[-1][0] < 0.9 * reference[0][0], "the model must learn for the comparison to mean something"
     assert_equal(curve_of(name), reference)
 
 
-@pytest.mark.parametrize("name", RAMPED)
+@pytest.mark.parametrize("name", names(RAMPED))
 def test_a_batch_size_ramp_is_the_same_at_every_layout(name: str, curve_of: Callable[[str], Curve]) -> None:
     reference = curve_of("ramp-reference")
     assert reference[0] != curve_of("reference")[0], "the first step has fewer rows"
