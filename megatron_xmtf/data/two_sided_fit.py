@@ -13,7 +13,7 @@ examples for it, which exhausts a pair: the work grows with the number of differ
 Nearness alone closes rows whose targets are full and whose inputs are two thirds full while there are others to choose
 from, and is left with short targets to many inputs that no row can use. So a pair is also far if the rooms that it
 leaves on the two sides differ other than by what the sides ask: `balance` weighs that. Which weight is best depends on
-the lengths; they are tried in turn until the rows are as few as the bound allows, or nearly.
+the lengths; they are tried in turn, on a sample of many examples, until the rows are nearly as few as the bound allows.
 
 Pairs lie on a plane in blocks of `BLOCK_INPUTS` x `BLOCK_TARGETS`; blocks are searched in the order of how near the
 nearest pair in them can be, and only until no other can hold a nearer one.
@@ -37,10 +37,12 @@ __all__ = ["TWO_SIDED_VERSION", "fewest_rows", "pack_two_sided", "two_sided_patt
 TWO_SIDED_VERSION = 2
 """Part of the key of two-sided rows: raised by any change that gives other rows for the same lengths and seed."""
 BLOCK_INPUTS, BLOCK_TARGETS = 32, 8
-BALANCES = 0.5, 0.0
+BALANCES = 0.5, 1.0, 0.0
 """Weights of the balance of the two sides, in the order in which they are tried."""
 NEARLY = 1.01
 """Rows over the bound's at which no further balance is tried."""
+SAMPLED = 50_000
+"""Examples on which balances are tried; of more, the best one alone packs all."""
 
 
 def pack_two_sided(
@@ -91,19 +93,23 @@ def two_sided_patterns(counts: NDArray[np.int64], balances: Sequence[float] = BA
     """Decide which pairs of lengths share a row.
 
     Args:    counts: [encoder_length + 1, decoder_length + 1], examples of each pair; row 0 and column 0 are 0.
-             balances: weights to try, at least one; the fewest rows win.
+             balances: weights to try, at least one; the fewest rows win. The same counts give the same rows.
     Returns: classes of rows; of a pair (inputs, targets) `lengths` holds inputs * (decoder_length + 1) + targets.
              Every example is in exactly one row.
     """
-    enough = NEARLY * fewest_rows(counts)
-    best: list[RowPattern] = []
-    for balance in balances:
-        found = _patterns_of(counts, balance)
-        if not best or _count_rows(found) < _count_rows(best):
-            best = found
+    examples = int(counts.sum())
+    sample = counts
+    if examples > SAMPLED and len(balances) > 1:
+        sample = np.random.default_rng(0).binomial(counts, SAMPLED / examples)
+    enough = NEARLY * fewest_rows(sample)
+    best, best_balance = _patterns_of(sample, balances[0]), balances[0]
+    for balance in balances[1:]:
         if _count_rows(best) <= enough:
             break
-    return best
+        found = _patterns_of(sample, balance)
+        if _count_rows(found) < _count_rows(best):
+            best, best_balance = found, balance
+    return best if sample is counts else _patterns_of(counts, best_balance)
 
 
 def _count_rows(patterns: list[RowPattern]) -> int:

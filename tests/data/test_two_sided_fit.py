@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from megatron_xmtf.data import two_sided_fit
 from megatron_xmtf.data.two_sided_fit import fewest_rows, pack_two_sided, two_sided_patterns
 from megatron_xmtf.errors import DatasetError
 
@@ -59,11 +60,13 @@ def test_against_every_way_to_pack(seed):
     assert fewest_rows(counts_of(pairs, 12, 7)) <= best <= found <= best + 1
 
 
-def test_rows_that_were_cut_up_are_found_again():
+@pytest.mark.parametrize("sampled", [two_sided_fit.SAMPLED, 2000])
+def test_rows_that_were_cut_up_are_found_again(sampled, monkeypatch):
     """Full rows, cut: a few examples with most of the targets, many short ones with half of the inputs.
 
     Nearness alone fills the targets of its first rows, and ends with short inputs whose targets fill no row.
     """
+    monkeypatch.setattr(two_sided_fit, "SAMPLED", sampled)
     random, pairs = np.random.default_rng(0), []
     for _ in range(400):
         few, many = random.integers(2, 6), random.integers(8, 20)
