@@ -1,7 +1,8 @@
 """Saving a checkpoint as a subject of the file drill.
 
     on the disk before a trial      Z and A, whole, hard links of a pristine copy
-    a trial                         B is saved with a fault; if that failed it is saved again; then Z is pruned
+    a trial                         B is saved with a fault; if that failed it is saved again; Z is pruned, at the
+                                    latest behind the save that comes next
 
 One rank serves trial after trial; only one that was killed is replaced. Its saves are those of a run: a writer
 process, hashes, one rename, retention.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -41,12 +43,16 @@ class SavingRank:
         self.prepared, self.control, self.step = prepared, control, Z
         self.trainer = Trainer(prepared, initialize_parallel(prepared.config.parallel, seed=1))
         self.saver = CheckpointSaver(self.trainer.chunks, self.trainer.optimizer)
+        self.start = [parameter.detach().clone() for parameter in self._parameters()]
+
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+        return (parameter for chunk in self.trainer.chunks for parameter in chunk.parameters())
 
     def go_to(self, step: int) -> None:
-        """Change every weight for each step."""
+        """Have the weights of a step, bit by bit the same whatever steps were before it and in whichever process."""
         with torch.no_grad():
-            for parameter in (parameter for chunk in self.trainer.chunks for parameter in chunk.parameters()):
-                parameter.add_(float(step - self.step))
+            for parameter, start in zip(self._parameters(), self.start, strict=True):
+                parameter.copy_(start + float(step - Z))
         self.step = step
 
     def save(self, root: Path) -> None:
@@ -71,6 +77,7 @@ class SavingRank:
                 self.save(root)
             except ConfigError:
                 error += ", published already"
+        prune_checkpoints(root, keep_last=2, keep_every=None)  # as the next save does, where this one's was the fault
         return {"error": error, "operations": operations}
 
 
