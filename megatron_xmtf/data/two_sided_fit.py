@@ -41,7 +41,7 @@ BALANCES = 0.5, 1.0, 0.0
 """Weights of the balance of the two sides, in the order in which they are tried."""
 NEARLY = 1.01
 """Rows over the bound's at which no further balance is tried."""
-SAMPLED = 50_000
+SAMPLED = 20_000
 """Examples on which balances are tried; of more, the best one alone packs all."""
 
 
