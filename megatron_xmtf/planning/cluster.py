@@ -6,9 +6,14 @@
     --cluster h100 cluster.memory_gib=64                  one key changed
 
 Rates are what is reached, not what is printed on the box, except `peak_tflops`: `matmul_fraction` of it is reached in
-large matrix products. Three constants of `jean-zay-a100-80` are calibrated: two on the step times of BLOOM's layout
-with 2 and with 4 rows a micro-batch, one on the memory of one row; `tests/planning/test_published_runs.py` solves them
-again and predicts the other published rows.
+large matrix products, beside what waves of tiles leave idle. Five constants of `jean-zay-a100-80` are calibrated, each
+on one published row; `tests/planning/test_published_runs.py` solves them again and predicts the other rows:
+
+    matmul_fraction      BLOOM, 2 rows a micro-batch        what most of its step is
+    launch_ms_per_layer  the same, 4 rows                   half as many micro-batches
+    ring_fraction        BLOOM's smallest batch, 16 rows    one micro-batch, then gradients and weights
+    hop_ms               178B at TP8                        eight ranks in each sum instead of four
+    framework_gib        176B at TP8                        GiB beside what is counted
 
 Source:  NVIDIA's data sheets (peaks, memory, NVLink); ml-engineering, "MAMF" (794.5 TFLOP/s of an H100's 989 in the
          best matrix products); bigscience tr11-176B-ml (Jean Zay: 8 A100 a node, 4 Omni-Path links of 100 Gb/s).
@@ -39,6 +44,8 @@ class Cluster(Section):
     """As the plan calls it."""
     gpus_per_node: PositiveInt
     """GPUs that one node has; they are joined by NVLink."""
+    multiprocessors: PositiveInt
+    """Streaming multiprocessors of a GPU; matrix products run in waves of as many tiles."""
     memory_gib: Positive
     """Memory of a GPU that programs see."""
     peak_tflops: Positive
@@ -57,11 +64,15 @@ class Cluster(Section):
     """GB/s a GPU sends in a collective within a node, each direction ("bus bandwidth")."""
     inter_node_gb_per_second: Positive
     """GB/s a whole node sends to others, each direction."""
+    ring_fraction: Share = 1.0
+    """Part of it that rings through several nodes reach, in which each node sends and receives at once."""
     link_gb_per_second: Positive
     """GB/s at most of it that one GPU can send."""
     launch_ms_per_layer: Annotated[float, Field(ge=0)]
     """Milliseconds that a micro-batch costs in each layer whatever its size, forward and backward together: launches
     and waits that no computation hides."""
+    hop_ms: Annotated[float, Field(ge=0)]
+    """Milliseconds of one hop of a ring within a node, whatever its bytes; a sum over t ranks takes 2 (t - 1)."""
     framework_gib: Annotated[float, Field(ge=0)]
     """GiB a GPU beside the tensors that are counted: CUDA context, NCCL's buffers, what the allocator cannot reuse."""
     storage_gb_per_second: Positive
@@ -74,27 +85,32 @@ class Cluster(Section):
 
 _A100: dict[str, Any] = {
     "gpus_per_node": 8,
+    "multiprocessors": 108,
     "peak_tflops": 312.0,
     "fp32_tflops": 19.5,
     "attention_fraction": 0.5,  # FlashAttention-2 on an A100: 50 to 73 % (Dao 2023, section 4.1), less in short rows
     "intra_node_gb_per_second": 230.0,  # of NVLink 3's 300 each direction, NCCL's all-reduce
-    "framework_gib": 10.0,
+    "framework_gib": 9.4,
     "storage_gb_per_second": 20.0,
     # 1 to 2 GPU failures a week on 48 nodes of BLOOM's training (bigscience): 48 x 168 h / 1.5.
     "node_hours_between_failures": 5400.0,
 }
+NVLINK_HOP_MS = 0.0034
+"""A ring's latency a hop over NVLink, protocol "simple" (NCCL, src/graph/tuning.cc, `hwLat`)."""
 _HOPPER: dict[str, Any] = {
     "gpus_per_node": 8,
+    "multiprocessors": 132,
     "peak_tflops": 989.0,
     "fp32_tflops": 67.0,
-    # The clock falls under load. llm-foundry's 7B then comes out as much too fast on 8 H100 as on 8 A100, 11 %.
-    "matmul_fraction": 0.6,
+    # The clock falls under load. llm-foundry's 7B then comes out as much too fast on 8 H100 as on 8 A100, 12 %.
+    "matmul_fraction": 0.62,
     "attention_fraction": 0.35,  # FlashAttention-2 on an H100 (Shah et al. 2024, abstract)
     "intra_node_gb_per_second": 360.0,  # of NVLink 4's 450
     "inter_node_gb_per_second": 400.0,  # eight NDR links of 50 GB/s
     "link_gb_per_second": 50.0,
     "launch_ms_per_layer": 0.6,
-    "framework_gib": 10.0,
+    "hop_ms": NVLINK_HOP_MS,
+    "framework_gib": 9.4,
     "storage_gb_per_second": 20.0,
     "node_hours_between_failures": 5400.0,
 }
@@ -108,11 +124,15 @@ PRESETS: dict[str, Cluster] = {
             memory_gb_per_second=2039.0,
             inter_node_gb_per_second=50.0,  # four Omni-Path links of 100 Gb/s
             link_gb_per_second=12.5,
-            matmul_fraction=0.781,
-            launch_ms_per_layer=9.7,  # BLOOM ran with CUDA_LAUNCH_BLOCKING=1, which hides no launch
+            matmul_fraction=0.815,
+            ring_fraction=0.442,
+            # BLOOM ran with CUDA_LAUNCH_BLOCKING=1: no launch is hidden, and at each hop ranks wait for a host.
+            hop_ms=0.066,
+            launch_ms_per_layer=5.0,
             **{**_A100, "storage_gb_per_second": 57.0},  # 2.3 TB in 40 s (bigscience chronicles)
-            source="matmul_fraction and launch_ms_per_layer calibrated on BLOOM's published step times with 2 and 4 "
-            "rows a micro-batch, framework_gib on the memory of its layout at TP8",
+            source="matmul_fraction, launch_ms_per_layer, ring_fraction, hop_ms calibrated on published step times of "
+            "BLOOM with 2 and 4 rows a micro-batch, of its smallest batch and of 178B at TP8; framework_gib on the "
+            "memory of 176B at TP8",
         ),
         Cluster(
             name="a100-80",
@@ -120,8 +140,9 @@ PRESETS: dict[str, Cluster] = {
             memory_gb_per_second=2039.0,
             inter_node_gb_per_second=200.0,  # eight HDR links of 25 GB/s, as DGX A100
             link_gb_per_second=25.0,
-            matmul_fraction=0.781,
+            matmul_fraction=0.815,
             launch_ms_per_layer=0.6,
+            hop_ms=NVLINK_HOP_MS,
             **_A100,
             source="data sheets; matmul_fraction as calibrated on Jean Zay's A100",
         ),
@@ -131,8 +152,9 @@ PRESETS: dict[str, Cluster] = {
             memory_gb_per_second=1555.0,
             inter_node_gb_per_second=200.0,
             link_gb_per_second=25.0,
-            matmul_fraction=0.781,
+            matmul_fraction=0.815,
             launch_ms_per_layer=0.6,
+            hop_ms=NVLINK_HOP_MS,
             **_A100,
             source="data sheets; matmul_fraction as calibrated on Jean Zay's A100",
         ),

@@ -64,8 +64,8 @@ SCORES: dict[AttentionKind, ScoreBytes] = {
 class LayerWork:
     """Of one layer, one micro-batch, one rank."""
 
-    matmul_flops: float
-    """Forward, of the linear layers."""
+    products: tuple[tuple[int, int, int], ...]
+    """The linear layers: (tokens, inputs, outputs) of the rank's shard."""
     score_flops: float
     """Forward, of scores and values: the whole square of positions."""
     forward_bytes: float
@@ -86,6 +86,9 @@ class LayerWork:
     reduced_forward: float
     """Bytes of the tensors that tensor-parallel ranks sum up in the forward pass."""
     reduced_backward: float
+    sums_forward: int
+    """In how many tensors."""
+    sums_backward: int
 
 
 @lru_cache(maxsize=4096)
@@ -107,7 +110,7 @@ def layer_work(architecture: Architecture, kind: LayerKind, layout: WorkKey) -> 
     sublayers = attentions + 1
 
     matrices = layer_matrices(architecture, kind)
-    shards = [(context if matrix.reads_context else own, *matrix.shard(tp)) for matrix in matrices]
+    shards = tuple((context if matrix.reads_context else own, *matrix.shard(tp)) for matrix in matrices)
     # [b, a, query, key]: squares of each side, and across.
     side = own / rows
     pairs = rows * (side * side + (side * encoder if kind == "decoder" else 0))
@@ -128,10 +131,10 @@ def layer_work(architecture: Architecture, kind: LayerKind, layout: WorkKey) -> 
     forward = (hidden_tokens * sublayers * 11 + own * inner * 4 * attentions / tp + 2 * activated) * wide
     backward = hidden_tokens * sublayers * 23 * wide
     backward += (own * inner * 10 * attentions + own * (6 * first + 2 * ffn)) / tp * wide
-    score_forward = scores * score.forward * wide
+    score_forward = scores * (score.forward + (layout.position_bytes if score.kept else 0)) * wide
     reduced = own * hidden * number
     return LayerWork(
-        matmul_flops=sum(2.0 * tokens * inputs * outputs for tokens, inputs, outputs in shards),
+        products=shards,
         score_flops=4.0 * pairs * inner / tp,
         forward_bytes=forward + score_forward,
         backward_bytes=backward + scores * score.backward * wide,
@@ -143,6 +146,8 @@ def layer_work(architecture: Architecture, kind: LayerKind, layout: WorkKey) -> 
         parameters=sum(inputs * outputs for _, inputs, outputs in shards),
         reduced_forward=sublayers * reduced,
         reduced_backward=sublayers * reduced + context * hidden * number,
+        sums_forward=sublayers,
+        sums_backward=sublayers + (1 if context else 0),
     )
 
 
@@ -157,6 +162,7 @@ class WorkKey:
     number_bytes: int
     attention: AttentionKind
     dropout: bool
+    position_bytes: float
 
 
 def work_key(layout: Layout) -> WorkKey:
@@ -169,4 +175,5 @@ def work_key(layout: Layout) -> WorkKey:
         number_bytes=layout.number_bytes,
         attention=layout.attention,
         dropout=layout.dropout,
+        position_bytes=layout.engine.position_bytes,
     )

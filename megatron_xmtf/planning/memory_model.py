@@ -28,7 +28,7 @@ from megatron_xmtf.models.architecture import Architecture, BloomArchitecture
 from megatron_xmtf.planning.cluster import Cluster
 from megatron_xmtf.planning.layer_work import layer_work, work_key
 from megatron_xmtf.planning.layout import Layout
-from megatron_xmtf.planning.model_shape import ChunkShape, chunk_parameters, count_parameters, stage_chunks
+from megatron_xmtf.planning.model_shape import ChunkShape, RankSize, rank_size, stage_chunks
 
 __all__ = ["KINDS", "StageMemory", "chunks_in_flight", "head_bytes", "memory_by_stage"]
 
@@ -80,25 +80,23 @@ def memory_by_stage(architecture: Architecture, layout: Layout, cluster: Cluster
     """Return what a rank of each stage holds."""
     stages = stage_chunks(architecture, layout.parallel, lengths=layout.lengths)
     is_whole = layout.pp == 1 and layout.vpp == 1
+    sizes = {
+        chunks: rank_size(architecture, chunks, tp=layout.tp, is_whole=is_whole) for chunks in dict.fromkeys(stages)
+    }
+    held = {chunks: _held_bytes(architecture, layout, chunks, sizes[chunks]) for chunks in sizes}
     found = []
     for stage, chunks in enumerate(stages):
-        shapes = [
-            entry
-            for chunk in chunks
-            for entry in chunk_parameters(architecture, chunk, tp=layout.tp, is_whole=is_whole)
-        ]
-        parameters = count_parameters(shapes)
-        state_numbers = sum(sum(shape) * count for shape, count in shapes)
+        size, in_flight, (kept, live) = sizes[chunks], chunks_in_flight(layout, stage), held[chunks]
         found.append(
             StageMemory(
                 stage=stage,
                 layers=sum(chunk.num_layers for chunk in chunks),
-                parameters=parameters,
-                in_flight=chunks_in_flight(layout, stage),
-                weights=parameters * layout.number_bytes,
-                gradients=parameters * (4 if layout.precision == "fp32" else layout.engine.gradient_bytes),
-                optimizer=_optimizer_bytes(layout, parameters, state_numbers),
-                activations=_activation_bytes(architecture, layout, stage, chunks),
+                parameters=size.parameters,
+                in_flight=in_flight,
+                weights=size.parameters * layout.number_bytes,
+                gradients=size.parameters * (4 if layout.precision == "fp32" else layout.engine.gradient_bytes),
+                optimizer=_optimizer_bytes(layout, size.parameters, size.factored_numbers),
+                activations=in_flight * kept + live,
                 logits=head_bytes(architecture, layout) if chunks[-1].answers else 0.0,
                 framework=cluster.framework_gib * GIB,
             )
@@ -118,13 +116,17 @@ def _optimizer_bytes(layout: Layout, parameters: int, state_numbers: int) -> flo
     return parameters * (per_parameter / share + layout.engine.step_bytes)
 
 
-def _activation_bytes(architecture: Architecture, layout: Layout, stage: int, chunks: list[ChunkShape]) -> float:
-    in_flight = chunks_in_flight(layout, stage)
-    held = [_kept_by_chunk(architecture, layout, chunk) for chunk in chunks]
+def _held_bytes(
+    architecture: Architecture, layout: Layout, chunks: tuple[ChunkShape, ...], size: RankSize
+) -> tuple[float, float]:
+    """Return the bytes that a chunk keeps of one micro-batch, and those that are alive for a moment beside."""
     # Chunks take turns; what one of them has more, as the first has the embedding, counts as often as it is in flight.
-    total = in_flight * sum(held) / len(held)
+    kept = sum(_kept_by_chunk(architecture, layout, chunk) for chunk in chunks) / len(chunks)
     live = max((_live_bytes(architecture, layout, chunk) for chunk in chunks), default=0.0)
-    return total + live
+    if layout.engine.converts_gradients:
+        # After the backward pass of a micro-batch, when nothing of a layer is alive.
+        live = max(live, 4.0 * size.largest)
+    return kept, live
 
 
 def _groups(layout: Layout, layers: int) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_xmtf.config.parallel import ParallelConfig
 from megatron_xmtf.config.row_lengths import EncoderDecoderLengths, RowLengths
@@ -25,9 +25,12 @@ __all__ = [
     "ChunkShape",
     "LayerKind",
     "Matrix",
+    "RankSize",
+    "Stages",
     "chunk_parameters",
     "count_parameters",
     "layer_matrices",
+    "rank_size",
     "stage_chunks",
 ]
 
@@ -69,13 +72,36 @@ class Matrix:
         return (self.inputs, self.outputs // tp) if self.is_column else (self.inputs // tp, self.outputs)
 
 
-def stage_chunks(
-    architecture: Architecture, parallel: ParallelConfig, *, lengths: RowLengths
-) -> list[list[ChunkShape]]:
-    """Return the chunks of each stage: `stage_chunks(...)[stage][chunk]`.
+Stages = tuple[tuple[ChunkShape, ...], ...]
+"""The chunks of each stage: `stages[stage][chunk]`."""
+SPLIT_KEYS = frozenset(
+    {
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "account_for_embedding_in_pipeline_split",
+        "account_for_loss_in_pipeline_split",
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+        "pipeline_layers",
+    }
+)
+"""What of `parallel` the stages depend on, and nothing else, so that a search cuts a model once for each."""
+
+
+def stage_chunks(architecture: Architecture, parallel: ParallelConfig, *, lengths: RowLengths) -> Stages:
+    """Return the chunks of each stage.
 
     Raises:  ConfigError: the layers do not divide (`architecture.check_split` says it of the rest).
     """
+    chosen = {key: getattr(parallel, key) for key in SPLIT_KEYS}
+    if chosen["pipeline_layers"] is not None:
+        chosen["pipeline_layers"] = tuple(chosen["pipeline_layers"])
+    return _stage_chunks(architecture, tuple(chosen.items()), lengths)
+
+
+@lru_cache(maxsize=4096)
+def _stage_chunks(architecture: Architecture, split: tuple[tuple[str, Any], ...], lengths: RowLengths) -> Stages:
+    parallel = ParallelConfig(**dict(split))
     if isinstance(architecture, BloomArchitecture):
         counts = architecture.chunk_layers(parallel)
         layers: list[list[tuple[tuple[LayerKind, int], ...]]] = [
@@ -94,8 +120,8 @@ def stage_chunks(
         layers = [[_kinds(chunk, border) for chunk in chunks] for chunks in numbers]
         ends = [[border - 1 in chunk for chunk in chunks] for chunks in numbers]
     last = len(layers) - 1
-    return [
-        [
+    return tuple(
+        tuple(
             ChunkShape(
                 layers=kinds,
                 embeds=stage == 0 and chunk == 0,
@@ -103,9 +129,9 @@ def stage_chunks(
                 ends_encoder=ends[stage][chunk],
             )
             for chunk, kinds in enumerate(chunks)
-        ]
+        )
         for stage, chunks in enumerate(layers)
-    ]
+    )
 
 
 def _kinds(numbers: range, border: int) -> tuple[tuple[LayerKind, int], ...]:
@@ -174,6 +200,28 @@ def _position_tables(
     if architecture.positions == "relative":
         return [((architecture.relative_attention_num_buckets, architecture.num_attention_heads // tp), 2)]
     return [((architecture.max_positions or 0, architecture.hidden_size), 2 if chunk.embeds else 0)]
+
+
+@dataclass(frozen=True)
+class RankSize:
+    """Parameters of one rank of a stage."""
+
+    parameters: int
+    factored_numbers: int
+    """Numbers of a state that keeps rows and columns (Adafactor)."""
+    largest: int
+    """Of one tensor."""
+
+
+@lru_cache(maxsize=16384)
+def rank_size(architecture: Architecture, chunks: tuple[ChunkShape, ...], *, tp: int, is_whole: bool) -> RankSize:
+    """Count what a rank of a stage holds."""
+    shapes = [entry for chunk in chunks for entry in chunk_parameters(architecture, chunk, tp=tp, is_whole=is_whole)]
+    return RankSize(
+        parameters=count_parameters(shapes),
+        factored_numbers=sum(sum(shape) * count for shape, count in shapes),
+        largest=max((prod(shape) for shape, _ in shapes), default=0),
+    )
 
 
 def count_parameters(shapes: list[tuple[tuple[int, ...], int]]) -> int:

@@ -68,7 +68,7 @@ def _memory_parts(plan: HardwarePlan) -> list[Html | str]:
 def _schedule_parts(plan: HardwarePlan) -> list[Html | str]:
     layout = plan.layout
     shown = shown_micro_batches(layout.micro_batches, layout.pp, layout.vpp)
-    seconds = pipeline_traffic(plan.architecture, layout, plan.cluster).seconds
+    seconds = pipeline_traffic(plan.architecture, layout, plan.cluster, border=None).seconds
     picture = schedule_picture(plan.time.chunks, micro_batches=shown, hand_over=seconds)
     name = "Interleaved 1F1B" if layout.vpp > 1 else "1F1B"
     of_all = f"{shown} of a step's {layout.micro_batches:,}" if shown < layout.micro_batches else f"All {shown}"

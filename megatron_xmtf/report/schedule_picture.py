@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_xmtf.planning.chunk_time import ChunkTime
 from megatron_xmtf.planning.pipeline_schedule import Pass, makespan, simulate
-from megatron_xmtf.planning.time_model import ChunkTime
 from megatron_xmtf.report.page import Html, escape
 from megatron_xmtf.report.svg import BLUE, GREY, INK, ORANGE, SOFT, mix, picture, text, ticks
 

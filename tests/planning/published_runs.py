@@ -1,9 +1,10 @@
 """Published runs of BigScience on Jean Zay's A100-80GB nodes: layout, seconds a step, memory, TFLOP/s.
 
 Source:  bigscience-workshop/bigscience, train/tr11-176B-ml/chronicles-prequel.md (2022-02-25 to 02-28, after the nodes'
-         PCIe was mended), README.md (the last row) and reshaping-log.md (192 and 288 GPUs). Sequences of 2,048 tokens,
-         250,880 words, whole layers recomputed, dropout 0.1. Until 02-27 fp16 with ZeRO-1, from 02-28 on bf16 with
-         BF16_Optimizer and embedding and head counted as layers.
+         PCIe was mended: every row with a time but those of heads of 108, which no fused softmax takes), README.md
+         (BLOOM's first steps) and reshaping-log.md (192 and 288 GPUs). Sequences of 2,048 tokens, 250,880 words, whole
+         layers recomputed, dropout 0.1. Until 02-27 fp16 with ZeRO-1, from 02-28 on bf16 with BF16_Optimizer and
+         embedding and head counted as layers.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class PublishedRun:
     @property
     def parallel(self) -> ParallelConfig:
         sizes = {"tensor_model_parallel_size": self.tp, "pipeline_model_parallel_size": self.pp}
-        if self.pp > 1 and self.engine == "deepspeed_bf16":
+        if self.pp > 1 and self.engine in ("deepspeed_bf16", FP16_BALANCED):
             counted = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
             return ParallelConfig(**sizes, **dict.fromkeys(counted, True))
         if self.layers % self.pp:
@@ -68,11 +69,13 @@ class PublishedRun:
             precision="bf16" if self.engine == "deepspeed_bf16" else "fp16",
             attention="unfused",
             dropout=True,
-            engine=ENGINES[self.engine],
+            engine=ENGINES[self.engine.partition(",")[0]],
         )
 
 
 FP16 = "deepspeed_fp16_zero1"
+FP16_BALANCED = "deepspeed_fp16_zero1, balanced"
+"""With embedding and head counted as layers, as all rows in bf16."""
 BLOOM = PublishedRun("BLOOM", 14336, 70, 112, 384, 4, 12, 2, 2048, 104.50, 150.05, 59)
 BLOOMZ = PublishedRun("BLOOMZ's layout", 14336, 70, 112, 288, 1, 72, 1, 2048, 140.37, 148.94, None)
 
@@ -116,6 +119,34 @@ RUNS = [
     PublishedRun("181B TP8 PP12 MBS2", 14336, 72, 64, 384, 8, 12, 2, 2048, 128.82, 125.15, None, FP16),
     PublishedRun("177B TP1 PP48", 12288, 96, 96, 384, 1, 48, 1, 2048, 142.17, 111.30, 58, FP16),
     PublishedRun("BLOOM, first steps", 14336, 70, 112, 384, 4, 12, 2, 16, 15.23, 8.04, None),
+    PublishedRun("181B TP4 PP12 MBS2, another day", 14336, 72, 64, 384, 4, 12, 2, 2048, 110.42, 146.00, None, FP16),
+    PublishedRun("181B TP4 PP12 MBS2, third", 14336, 72, 64, 384, 4, 12, 2, 2048, 113.54, 141.99, 38, FP16),
+    PublishedRun("181B 128 heads", 14336, 72, 128, 384, 4, 12, 2, 2048, 114.02, 141.39, None, FP16),
+    PublishedRun("181B 128 heads MBS4", 14336, 72, 128, 384, 4, 12, 4, 2048, 137.53, 117.23, None, FP16),
+    PublishedRun("181B TP4 PP24 MBS1", 14336, 72, 64, 384, 4, 24, 1, 2048, 130.60, 123.44, None, FP16),
+    PublishedRun("181B TP8 PP12 MBS2 GBS1568", 14336, 72, 64, 384, 8, 12, 2, 1568, 99.93, 123.51, None, FP16),
+    PublishedRun("181B TP8 PP12 MBS4 GBS1568", 14336, 72, 64, 384, 8, 12, 4, 1568, 92.75, 133.08, None, FP16),
+    PublishedRun("181B TP8 PP8 MBS4", 14336, 72, 64, 384, 8, 8, 4, 2016, 113.16, 140.24, 52, FP16),
+    PublishedRun("181B TP8 PP6 MBS4, another day", 14336, 72, 64, 384, 8, 6, 4, 2048, 113.95, 141.47, None, FP16),
+    PublishedRun("181B TP8 PP6 MBS4 128 heads", 14336, 72, 128, 384, 8, 6, 4, 2048, 116.06, 138.90, None, FP16),
+    PublishedRun("181B TP8 PP6 MBS4 GBS1568", 14336, 72, 64, 384, 8, 6, 4, 1568, 113.01, 109.22, 56, FP16),
+    PublishedRun("181B TP8 PP6 MBS6", 14336, 72, 64, 384, 8, 6, 6, 2016, 123.57, 128.43, 66, FP16),
+    PublishedRun("181B TP8 PP4 MBS2", 14336, 72, 64, 384, 8, 4, 2, 2016, 125.52, 126.43, 53, FP16),
+    PublishedRun("181B TP8 PP4 MBS4", 14336, 72, 64, 384, 8, 4, 4, 2016, 114.81, 138.22, 59, FP16),
+    PublishedRun("181B TP8 PP2 MBS1", 14336, 72, 64, 384, 8, 2, 1, 2016, 145.45, 109.11, 65, FP16),
+    PublishedRun("181B TP8 PP2 MBS2", 14336, 72, 64, 384, 8, 2, 2, 2016, 136.13, 116.58, 76, FP16),
+    PublishedRun("182B 64 heads MBS1", 13824, 78, 64, 384, 4, 12, 1, 2048, 148.24, 109.57, None, FP16),
+    PublishedRun("182B 64 heads MBS4", 13824, 78, 64, 384, 4, 12, 4, 2048, 106.72, 152.21, None, FP16),
+    PublishedRun("182B TP8 PP6 MBS2", 13824, 78, 96, 384, 8, 6, 2, 2048, 133.57, 121.61, None, FP16),
+    PublishedRun("182B TP8 PP6 MBS4", 13824, 78, 96, 384, 8, 6, 4, 2048, 118.12, 137.51, None, FP16),
+    PublishedRun("182B TP8 PP6 MBS4, another day", 13824, 78, 96, 384, 8, 6, 4, 2048, 118.24, 137.38, 59, FP16),
+    PublishedRun("182B TP4 PP6 MBS4", 13824, 78, 96, 384, 4, 6, 4, 2048, 115.55, 140.57, 75, FP16),
+    PublishedRun("182B of 84 layers MBS2", 13312, 84, 64, 384, 4, 12, 2, 2048, 103.82, 156.46, None, FP16),
+    PublishedRun("182B of 84 layers MBS4", 13312, 84, 64, 384, 4, 12, 4, 2048, 113.21, 143.34, None, FP16),
+    PublishedRun("182B of 84 layers TP8 PP6 MBS2", 13312, 84, 64, 384, 8, 6, 2, 2048, 129.61, 125.21, None, FP16),
+    PublishedRun("178B 104 heads", 13312, 82, 104, 384, 4, 12, 2, 2048, 123.71, 128.10, 62),
+    PublishedRun("195B fp16 64 heads", 12288, 106, 64, 384, 4, 12, 2, 2048, 110.96, 157.27, None, FP16_BALANCED),
+    PublishedRun("195B fp16 96 heads", 12288, 106, 96, 384, 4, 12, 2, 2048, 112.69, 154.86, 44, FP16_BALANCED),
 ]
 """Rows whose seconds can be compared with each other: the second or third step after a start, same hardware."""
 
@@ -140,9 +171,6 @@ MEMORY_RUNS = [
     PublishedRun("194B MBS8", 14400, 78, 96, 384, 8, 6, 8, 2048, None, None, 75, FP16),
     PublishedRun("181B ZeRO-1", 14336, 72, 64, 384, 8, 12, 2, 2048, None, None, 37, FP16),
     PublishedRun("181B ZeRO-0", 14336, 72, 64, 384, 8, 12, 2, 2048, None, None, 72, "deepspeed_fp16"),
-    PublishedRun("181B TP8 PP4 MBS2", 14336, 72, 64, 384, 8, 4, 2, 2016, None, None, 53, FP16),
-    PublishedRun("181B TP8 PP2 MBS1", 14336, 72, 64, 384, 8, 2, 1, 2016, None, None, 65, FP16),
-    PublishedRun("181B TP8 PP2 MBS2", 14336, 72, 64, 384, 8, 2, 2, 2016, None, None, 76, FP16),
     PublishedRun("20B, one node", 14400, 8, 32, 8, 8, 1, 1, 2048, None, None, 67, FP16),
 ]
 

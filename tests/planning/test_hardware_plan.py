@@ -21,7 +21,8 @@ JEAN_ZAY = PRESETS["jean-zay-a100-80"]
 def test_bloomz_176b_as_it_ran() -> None:
     """498 steps of about 140 s: 19.4 h as published; a checkpoint of 2.3 TB (TiB) in 40 s.
 
-    Ours adds up gradients with fewer bytes and computes the output layer at targets alone, here half of the positions.
+    Ours adds up gradients with fewer bytes, computes the output layer, which was the slowest stage, at targets alone,
+    here half of the positions, and hands over in both directions at once: 11 % faster.
     """
     config, missing = load_plan_config("bloomz-176b", [])
     assert missing == ["model", "output"]
@@ -29,7 +30,7 @@ def test_bloomz_176b_as_it_ran() -> None:
     cost = found.cost
     assert cost.steps * cost.tokens_per_step == pytest.approx(2.09e9, rel=0.001)
     assert cost.hours == pytest.approx(498 * found.time.seconds / 3600)
-    assert cost.hours == pytest.approx(19.4, rel=0.08) and cost.gpu_hours == pytest.approx(288 * cost.hours)
+    assert cost.hours == pytest.approx(0.89 * 19.4, rel=0.01) and cost.gpu_hours == pytest.approx(288 * cost.hours)
     assert cost.checkpoint_gb * 1e9 / 2**40 == pytest.approx(2.3, rel=0.03)
     assert cost.save_seconds == pytest.approx(40, rel=0.1)
     # 36 of 48 nodes, 1.5 failures a week on 48: one in 149 h. They saved every three hours.
@@ -73,7 +74,7 @@ def test_parts_add_up_and_the_data_lightens_the_head() -> None:
     parts = (time.matmul, time.memory, time.launch, time.tensor, time.pipeline, time.bubble, time.data)
     assert sum(parts) + time.embedding + time.update == pytest.approx(time.seconds)
     part = plan_hardware(config, PUBLISHED["bloomz-560m"], JEAN_ZAY, gpus=32, attention="fused", loss_fraction=0.2)
-    assert part.time.matmul < 0.75 * time.matmul and part.memory[-1].logits < whole.memory[-1].logits
+    assert part.time.matmul < 0.85 * time.matmul and part.memory[-1].logits < whole.memory[-1].logits
     assert whole.cost.target_tokens_per_second is None
     assert part.cost.target_tokens_per_second == pytest.approx(0.2 * part.cost.tokens_per_second)
 

@@ -1,78 +1,97 @@
 """The hardware model against published runs: operations, step times, memory, MFU.
 
-Two constants of Jean Zay's A100 nodes are solved from two rows, a third from one row's memory; every other row is
-predicted. Where a row is missed, its test says by how much and why.
+Four constants of Jean Zay's A100 nodes are solved from the times of four rows, a fifth from one row's memory; every
+other row is predicted. A row that is missed is named here, with the reason and a bound of its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from megatron_xmtf.config.parallel import ParallelConfig, RecomputeConfig
 from megatron_xmtf.models.architecture import BloomArchitecture
-from megatron_xmtf.planning.cluster import PRESETS, Cluster
+from megatron_xmtf.planning.cluster import NVLINK_HOP_MS, PRESETS, Cluster
 from megatron_xmtf.planning.engine import MEGATRON_CORE
 from megatron_xmtf.planning.layout import Layout
 from megatron_xmtf.planning.memory_model import GIB, memory_by_stage
 from megatron_xmtf.planning.time_model import hardware_flops_per_row, model_flops, step_time, tflops_per_gpu
-from tests.planning.published_runs import BLOOM, FIRST_STEPS, MEMORY_RUNS, OUT_OF_MEMORY, RUNS, PublishedRun
+from tests.planning.published_runs import BLOOM, FIRST_STEPS, FP16, MEMORY_RUNS, OUT_OF_MEMORY, RUNS, PublishedRun
 
 JEAN_ZAY = PRESETS["jean-zay-a100-80"]
 BY_NAME = {run.name: run for run in [*RUNS, *MEMORY_RUNS]}
-TIME_ROWS = (BLOOM, BY_NAME["176B 64 heads MBS4"])
-"""Alike but for the rows of a micro-batch (and 64 heads): what a micro-batch costs, and what its size does."""
+CALIBRATED = {
+    "matmul_fraction": BLOOM,
+    "launch_ms_per_layer": BY_NAME["176B 64 heads MBS4"],
+    "ring_fraction": BY_NAME["BLOOM, first steps"],
+    "hop_ms": BY_NAME["178B TP8 MBS4"],
+}
+"""Constant of the cluster -> the one row that tells it: most of its time is products; half as many micro-batches as
+BLOOM, and else alike; one micro-batch, so that half of its step is gradients; eight tensor-parallel ranks."""
 MEMORY_ROW = BY_NAME["176B TP8"]
 
-SLOWER_IN_TRUTH = {
-    # Fixed costs of 5 to 7 ms a layer and micro-batch that TP8 has beyond TP4's: eight ranks that wait for each other
-    # six times a layer, with launches that block. Least with four rows a micro-batch.
-    "176B TP8": 0.10,
-    "184B TP8 PP6 MBS2": 0.10,
-    "181B TP8 PP12 MBS2": 0.10,
-    "181B TP8 PP6 MBS4": 0.07,
-    # 1,024 micro-batches of one row through two layers: fixed costs again.
-    "176B on 288, TP4 PP36": 0.07,
-    # 16 copies: gradients of 8 B parameters a rank over the network; and at 75 of 80 GB the allocator works.
-    "181B TP4 PP6 MBS2": 0.07,
-    "181B TP4 PP6 MBS4": 0.10,
+AT_ODDS = {
+    # name: (the neighbour that it contradicts, published seconds of it by the neighbour's: lowest and highest in which
+    # the model could follow, how much slower or faster it is than predicted at most)
+    # As many seconds as the next row, for 77 % of its rows.
+    "181B TP8 PP6 MBS4 GBS1568": ("181B TP8 PP6 MBS4", (0.75, 0.95), -0.21),
+    # Half as many rows again a micro-batch: 8 % slower, where from 2 to 4 rows it is 10 % faster.
+    "181B TP8 PP6 MBS6": ("181B TP8 PP6 MBS4", (0.90, 1.05), -0.11),
+    # 21 % slower with 4 rows a micro-batch than with 2; with 64 heads 1 % slower.
+    "181B 128 heads MBS4": ("181B 128 heads", (0.95, 1.08), -0.18),
+    # 43 % slower with 1 row than with 2; the 176B is 9 % slower, on 192 GPUs.
+    "182B 64 heads MBS1": ("182B 64 heads", (1.0, 1.2), -0.28),
+    # Between 64 heads (104 s) and 128 (109 s).
+    "178B 104 heads": ("178B 128 heads", (0.96, 1.05), -0.14),
+    # 8 % faster with 2 rows than with 4; the same model with two layers less 0.4 %.
+    "182B of 84 layers MBS2": ("182B of 84 layers MBS4", (0.95, 1.05), 0.06),
+    # The same row as the first of its name, 2.8 % slower and with 14 % less memory.
+    "181B TP4 PP12 MBS2, third": ("181B TP4 PP12 MBS2", (0.99, 1.01), -0.06),
 }
-"""Rows that take longer than predicted, by more than 5 %, and at most this much."""
+"""Rows that contradict others of the same tables by more than any model of sizes can."""
+SIXTEEN_COPIES = {
+    "181B TP4 PP6 MBS2": -0.08,
+    "181B TP4 PP6 MBS4": -0.11,
+    "182B TP4 PP6 MBS4": -0.08,
+    "181B TP2 PP12 MBS2": -0.06,
+}
+"""All rows of 16 copies: see `test_sixteen_copies_contradict_those_of_twelve_and_of_twenty_four`."""
+MISSED = {
+    # Two rows a micro-batch at TP8: 13 % slower than four, 6 % are predicted; the other TP8 pairs 10 % and 16 %.
+    "182B TP8 PP6 MBS2": -0.08,
+    # 76 of 80 GB are taken, where the allocator begins to free and to ask again.
+    "181B TP8 PP2 MBS2": -0.06,
+}
+"""Rows that are slower than predicted for reasons that the model does not have."""
 
 
 def seconds(run: PublishedRun, cluster: Cluster = JEAN_ZAY) -> float:
     return step_time(run.architecture, run.layout, cluster).seconds
 
 
-def with_constants(fraction: float, launch: float) -> Cluster:
-    return JEAN_ZAY.model_copy(update={"matmul_fraction": fraction, "launch_ms_per_layer": launch})
-
-
-def bisect(low: float, high: float, is_above: object) -> float:
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (low, middle) if is_above(middle) else (middle, high)  # type: ignore[operator]
-    return (low + high) / 2
-
-
-def matmul_fraction(run: PublishedRun, launch: float) -> float:
-    """Solve for the constant with which a run takes what it took."""
+def off_by(run: PublishedRun, cluster: Cluster = JEAN_ZAY) -> float:
+    """Return by which part of the published seconds the predicted ones differ."""
     assert run.seconds is not None
-    wanted = run.seconds
-    return bisect(0.3, 1.0, lambda fraction: seconds(run, with_constants(fraction, launch)) < wanted)
+    return seconds(run, cluster) / run.seconds - 1
 
 
-def solve_both(first: PublishedRun, second: PublishedRun) -> tuple[float, float]:
-    """Solve for both constants: more launch time leaves less for products, and makes the larger micro-batch faster."""
-    assert second.seconds is not None
-    wanted = second.seconds
+def solve(rows: dict[str, PublishedRun], start: dict[str, float]) -> dict[str, float]:
+    """Solve for constants with which each row takes what it took, by Newton's method."""
+    names, values = list(rows), np.array([start[name] for name in rows])
 
-    def is_above(launch: float) -> bool:
-        return seconds(second, with_constants(matmul_fraction(first, launch), launch)) < wanted
+    def misses(trial: np.ndarray) -> np.ndarray:
+        cluster = JEAN_ZAY.model_copy(update=dict(zip(names, trial.tolist(), strict=True)))
+        return np.array([off_by(run, cluster) for run in rows.values()])
 
-    launch = bisect(0.0, 30.0, is_above)
-    return matmul_fraction(first, launch), launch
+    for _ in range(8):
+        here = misses(values)
+        steps = np.diag(values * 1e-4)
+        slopes = np.stack([(misses(values + step) - here) / step.sum() for step in steps], axis=1)
+        values = values - np.linalg.solve(slopes, here)
+    assert np.abs(misses(values)).max() < 1e-6
+    return dict(zip(names, values.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("run", [*RUNS, *FIRST_STEPS], ids=lambda run: run.name)
@@ -98,35 +117,77 @@ def test_gpt3_of_megatron_lm() -> None:
     assert tflops_per_gpu(flops, seconds=32.0, gpus=1024) == pytest.approx(138, rel=0.01)
 
 
-def test_the_presets_constants_are_those_that_solve_two_rows() -> None:
-    fraction, launch = solve_both(*TIME_ROWS)
-    assert JEAN_ZAY.matmul_fraction == pytest.approx(fraction, abs=0.002)
-    assert JEAN_ZAY.launch_ms_per_layer == pytest.approx(launch, abs=0.1)
+def test_the_presets_constants_are_those_that_solve_four_rows() -> None:
+    start = {"matmul_fraction": 0.7, "launch_ms_per_layer": 4.0, "ring_fraction": 0.6, "hop_ms": 0.03}
+    for name, value in solve(CALIBRATED, start).items():
+        assert getattr(JEAN_ZAY, name) == pytest.approx(value, rel=0.005), name
 
 
-@pytest.mark.parametrize("run", [run for run in RUNS if run not in TIME_ROWS], ids=lambda run: run.name)
+@pytest.mark.parametrize("run", [run for run in RUNS if run not in CALIBRATED.values()], ids=lambda run: run.name)
 def test_step_time_is_predicted(run: PublishedRun) -> None:
-    """30 rows within 5 %; seven are slower in truth, as `SLOWER_IN_TRUTH` says."""
-    assert run.seconds is not None
-    off = seconds(run) / run.seconds - 1
-    if run.name in SLOWER_IN_TRUTH:
-        assert -SLOWER_IN_TRUTH[run.name] < off < -0.05
-    else:
+    """Each row within 5 %; named ones are further off, to the side and by no more than is said of them."""
+    off = off_by(run)
+    bound = {**{name: entry[2] for name, entry in AT_ODDS.items()}, **SIXTEEN_COPIES, **MISSED}.get(run.name)
+    if bound is None:
         assert abs(off) < 0.05
+    else:
+        assert off * bound > 0 and 0.05 < abs(off) < abs(bound)
+
+
+def test_most_rows_are_predicted_and_few_constants_calibrated() -> None:
+    predicted = [run for run in RUNS if run not in CALIBRATED.values()]
+    named = {*AT_ODDS, *SIXTEEN_COPIES, *MISSED}
+    assert (len(predicted), len(named), len(CALIBRATED)) == (63, 13, 4)
+    misses = sorted(abs(off_by(run)) for run in predicted if run.name not in named)
+    assert misses[len(misses) // 2] < 0.02
+
+
+@pytest.mark.parametrize("name", AT_ODDS)
+def test_rows_at_odds_contradict_a_neighbour(name: str) -> None:
+    """Rows that differ in one respect, and in seconds by what the other rows and the model exclude."""
+    neighbour, (low, high), _ = AT_ODDS[name]
+    run, other = BY_NAME[name], BY_NAME[neighbour]
+    assert run.seconds is not None and other.seconds is not None
+    assert low < seconds(run) / seconds(other) < high
+    assert not low < run.seconds / other.seconds < high
+
+
+def test_sixteen_copies_contradict_those_of_twelve_and_of_twenty_four() -> None:
+    """What a node would have sent each second, if all that a row takes beyond computing were its gradients and weights.
+
+    9 to 12 GB/s with 16 copies; 15 to 28 with 12 and 24, which send as much and three times as much; 10 to 25 with 4 to
+    8, half of these rows above 15.
+    """
+    rates: dict[int, list[float]] = {}
+    for run in RUNS:
+        time, layout = step_time(run.architecture, run.layout, JEAN_ZAY), run.layout
+        if run.engine == FP16 and layout.dp > 1 and layout.tp > 1 and run.name not in AT_ODDS:
+            assert run.seconds is not None
+            left = run.seconds - (time.seconds - time.data)
+            rates.setdefault(layout.dp, []).append(time.sent["data"].gigabytes * layout.tp / left)
+    sixteen = rates.pop(16)
+    assert len(sixteen) == len(SIXTEEN_COPIES) and 9 < min(sixteen) and max(sixteen) < 12
+    assert set(rates) == {4, 6, 8, 12, 24}
+    others = sorted(rate for found in rates.values() for rate in found)
+    assert others[len(others) // 2] > 15 and min(rates[12]) > 15 and min(rates[24]) > 15
 
 
 def test_one_row_and_one_constant_predict_the_bubble() -> None:
-    """Without the second constant, from the smallest batch alone: the others of that table, and BLOOM."""
-    cluster = with_constants(matmul_fraction(BY_NAME["182B GBS512"], 0.0), 0.0)
+    """From the smallest batch alone, and without the other constants: the others of that table, and BLOOM."""
+    run = BY_NAME["182B GBS512"]
+    bare = JEAN_ZAY.model_copy(update={"launch_ms_per_layer": 0.0, "hop_ms": NVLINK_HOP_MS, "ring_fraction": 0.5})
+    low, high = 0.3, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        off = off_by(run, bare.model_copy(update={"matmul_fraction": middle}))
+        low, high = (low, middle) if off < 0 else (middle, high)
+    cluster = bare.model_copy(update={"matmul_fraction": low})
     for name in ("182B GBS1024", "182B GBS1536", "182B GBS2048"):
-        run = BY_NAME[name]
-        assert seconds(run, cluster) == pytest.approx(run.seconds, rel=0.005), name
+        assert abs(off_by(BY_NAME[name], cluster)) < 0.01, name
     # The published fit of these rows is 0.742 s (m + 11) + 3.87 s: slope and constant, predicted.
-    rows = [BY_NAME["182B GBS512"], BY_NAME["182B GBS2048"]]
-    slope = (seconds(rows[1], cluster) - seconds(rows[0], cluster)) / (128 - 32)
+    slope = (seconds(BY_NAME["182B GBS2048"], cluster) - seconds(run, cluster)) / (128 - 32)
     assert slope == pytest.approx(0.742, rel=0.01)
-    within = [abs(seconds(run, cluster) / run.seconds - 1) < 0.05 for run in RUNS if run.seconds is not None]
-    assert sum(within) >= 28 and seconds(BLOOM, cluster) == pytest.approx(104.5, rel=0.01)
+    assert abs(off_by(BLOOM, cluster)) < 0.03
 
 
 @pytest.mark.parametrize("run", FIRST_STEPS, ids=lambda run: run.name)
@@ -159,23 +220,45 @@ def test_the_presets_framework_memory_is_one_rows() -> None:
     assert JEAN_ZAY.framework_gib == pytest.approx(MEMORY_ROW.memory_gib - bare, abs=0.1)
 
 
-@pytest.mark.parametrize(
-    "run",
-    [run for run in [*RUNS, *MEMORY_RUNS] if run.memory_gib is not None and run is not MEMORY_ROW],
-    ids=lambda run: run.name,
-)
+WITH_MEMORY = [run for run in [*RUNS, *MEMORY_RUNS] if run.memory_gib is not None and run is not MEMORY_ROW]
+MEMORY_AT_ODDS = "181B TP4 PP12 MBS2, third"
+"""38 GB, where the same layout took 44 two rows above it."""
+
+
+@pytest.mark.parametrize("run", [run for run in WITH_MEMORY if run.name != MEMORY_AT_ODDS], ids=lambda run: run.name)
 def test_memory_is_predicted(run: PublishedRun) -> None:
-    """43 rows, from 35 to 79 GiB, three engines' layouts of the optimizer's state."""
+    """From 35 to 79 GiB, three engines' layouts of the optimizer's state."""
     assert fullest_gib(run) == pytest.approx(run.memory_gib, rel=0.12)
 
 
-@pytest.mark.parametrize("run", OUT_OF_MEMORY, ids=lambda run: run.name)
+def test_one_constant_predicts_the_memory_of_many_rows() -> None:
+    assert len(WITH_MEMORY) == 52
+    run, twin = BY_NAME[MEMORY_AT_ODDS], BY_NAME["181B TP4 PP12 MBS2"]
+    assert run.layout == twin.layout and run.architecture == twin.architecture
+    assert (run.memory_gib, twin.memory_gib) == (38, 44)
+
+
+OUT_OF_MEMORY_AT_ODDS = "206B TP4 PP12 MBS2"
+
+
+@pytest.mark.parametrize(
+    "run", [run for run in OUT_OF_MEMORY if run.name != OUT_OF_MEMORY_AT_ODDS], ids=lambda run: run.name
+)
 def test_what_ran_out_of_memory_does_not_fit(run: PublishedRun) -> None:
-    if run.name == "206B TP4 PP12 MBS2":
-        # Missed: 1 % more parameters a rank than "203B", which took 67 GB. What filled the rest is not in the log.
-        assert fullest_gib(run) == pytest.approx(fullest_gib(BY_NAME["203B"]), rel=0.01)
-        return
     assert fullest_gib(run) > JEAN_ZAY.memory_gib
+
+
+def test_one_row_that_ran_out_of_memory_contradicts_its_neighbour() -> None:
+    """206B's fullest rank has 1 % more parameters than 203B's, fewer layers and hence activations; 203B took 67 GB."""
+    (run,) = [run for run in OUT_OF_MEMORY if run.name == OUT_OF_MEMORY_AT_ODDS]
+    neighbour = BY_NAME["203B"]
+    assert run.layout == neighbour.layout and neighbour.memory_gib == 67
+    ours, theirs = (
+        max(memory_by_stage(one.architecture, one.layout, JEAN_ZAY), key=lambda stage: stage.total)
+        for one in (run, neighbour)
+    )
+    assert 1 < ours.parameters / theirs.parameters < 1.015 and ours.layers == theirs.layers - 1
+    assert ours.activations < theirs.activations and ours.total < 1.015 * theirs.total
 
 
 def test_gradients_that_are_not_sharded_are_seen() -> None:
@@ -186,7 +269,7 @@ def test_gradients_that_are_not_sharded_are_seen() -> None:
 
 
 def test_hoppers_matrix_products_are_those_of_one_published_pair() -> None:
-    """llm-foundry's MPT-7B (ALiBi) on 8 GPUs: 4,641 tokens/s a GPU on A100, 10,643 on H100; both 11 % too fast here.
+    """llm-foundry's MPT-7B (ALiBi) on 8 GPUs: 4,641 tokens/s a GPU on A100, 10,643 on H100; both 12 % too fast here.
 
     FSDP gathers weights, which is not modelled; what it costs on one machine calibrates the other.
     Source: mosaicml/llm-foundry, scripts/train/benchmarking/README.md.
@@ -206,7 +289,7 @@ def test_hoppers_matrix_products_are_those_of_one_published_pair() -> None:
     for name, published in (("a100-80", 4641), ("h100", 10_643)):
         per_gpu = 192 * 2048 / step_time(architecture, layout, PRESETS[name]).seconds / 8
         ratios.append(per_gpu / published)
-    assert ratios[1] == pytest.approx(ratios[0], rel=0.02) and ratios[0] == pytest.approx(1.11, abs=0.02)
+    assert ratios[1] == pytest.approx(ratios[0], rel=0.02) and ratios[0] == pytest.approx(1.12, abs=0.01)
 
 
 MEGATRON_2022 = [
@@ -253,7 +336,7 @@ def test_mfu_of_megatron_lm(row: tuple[object, ...]) -> None:
     assert mfu == pytest.approx(row[10], abs=0.25)
     cluster = PRESETS["a100-80"]
     assert cluster.matmul_fraction == JEAN_ZAY.matmul_fraction
-    # 1T is 7 % slower here than published: its bubble, 63 of 512 micro-batches.
+    # 5 % and less; 1T is 7 % slower here than published: its bubble, 63 of 512 micro-batches.
     assert step_time(architecture, layout, cluster).seconds == pytest.approx(row[9], rel=0.07)
     architecture, layout = megatron_layout(row, recompute="full", sequence_parallel=False)
     assert step_time(architecture, layout, cluster).seconds == pytest.approx(row[11], rel=0.07)

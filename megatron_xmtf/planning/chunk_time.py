@@ -1,0 +1,187 @@
+"""Seconds of one micro-batch in one chunk of the model on one rank, forward and backward: a roofline of each part.
+
+    a layer's forward   matrix products in waves (`matrix_products.py`) / (peak x matmul_fraction)
+                        + other traffic / (memory x memory_fraction)
+                        + sums over tensor-parallel ranks + a third of launch_ms_per_layer
+    its backward        products for its inputs and its weights; what is recomputed; adding up gradients
+    the embedding       its rows, their sum over the tensor-parallel ranks; the gradient of the whole table
+    the output layer    products, traffic of the logits, adding up the gradient
+
+Source:  the traffic is counted from Megatron's kernels (`layer_work.py`); of the loss, from its
+         mpu/cross_entropy.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_xmtf.models.architecture import Architecture, BloomArchitecture
+from megatron_xmtf.planning.cluster import Cluster
+from megatron_xmtf.planning.communication import tensor_traffic
+from megatron_xmtf.planning.layer_work import LayerWork, layer_work, work_key
+from megatron_xmtf.planning.layout import Layout
+from megatron_xmtf.planning.matrix_products import linear_flops
+from megatron_xmtf.planning.memory_model import LOGITS_AT_ONCE
+from megatron_xmtf.planning.model_shape import ChunkShape
+
+__all__ = ["ChunkTime", "add_times", "chunk_time"]
+
+LOGIT_TRAFFIC = 24
+"""Bytes of memory traffic a logit, forward and backward, in half precision: our chunked head."""
+WHOLE_LOGIT_TRAFFIC = 54
+"""Of Megatron's cross-entropy over whole logits: written (2), made fp32 (6), maximum (4), subtracted (8), exponential
+(8), sum (4), divided (8); backward scaled (8) and made half (6)."""
+
+
+@dataclass(frozen=True)
+class ChunkTime:
+    """Seconds of one chunk and micro-batch, forward and backward together unless a name says otherwise."""
+
+    matmul: float = 0.0
+    memory: float = 0.0
+    """Everything that is bound by the GPU's memory."""
+    launch: float = 0.0
+    tensor: float = 0.0
+    pipeline: float = 0.0
+    forward: float = 0.0
+    """Of the whole, without handing over."""
+    tensor_gigabytes: float = 0.0
+    """That a rank sends to the others of its tensor-parallel group."""
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.matmul + self.memory + self.launch + self.tensor + self.pipeline
+
+
+def add_times(*times: tuple[int, ChunkTime]) -> ChunkTime:
+    """Add up times, part by part: (how often, time)."""
+    return ChunkTime(
+        matmul=sum(count * one.matmul for count, one in times),
+        memory=sum(count * one.memory for count, one in times),
+        launch=sum(count * one.launch for count, one in times),
+        tensor=sum(count * one.tensor for count, one in times),
+        pipeline=sum(count * one.pipeline for count, one in times),
+        forward=sum(count * one.forward for count, one in times),
+        tensor_gigabytes=sum(count * one.tensor_gigabytes for count, one in times),
+    )
+
+
+def chunk_time(architecture: Architecture, chunk: ChunkShape, layout: Layout, cluster: Cluster) -> ChunkTime:
+    """Return the time of a chunk without what it hands over."""
+    key = work_key(layout)
+    parts = [
+        (count, _layer_time(layer_work(architecture, kind, key), layout, cluster, is_causal=kind == "causal"))
+        for kind, count in chunk.layers
+    ]
+    if chunk.embeds:
+        parts.append((1, _embedding_time(architecture, layout, cluster)))
+    if chunk.answers:
+        parts.append((1, _head_time(architecture, layout, cluster)))
+    return add_times(*parts)
+
+
+def _rates(layout: Layout, cluster: Cluster) -> tuple[float, float]:
+    """Return (operations, bytes) a second that matrix products and the memory reach."""
+    peak = cluster.fp32_tflops if layout.precision == "fp32" else cluster.peak_tflops
+    return peak * 1e12 * cluster.matmul_fraction, cluster.memory_gb_per_second * 1e9 * cluster.memory_fraction
+
+
+def _layer_time(work: LayerWork, layout: Layout, cluster: Cluster, *, is_causal: bool) -> ChunkTime:
+    operations, memory = _rates(layout, cluster)
+    scores_forward, scores_backward = _score_seconds(work, layout, cluster, is_causal=is_causal)
+    flops = [linear_flops(*product, multiprocessors=cluster.multiprocessors) for product in work.products]
+    products = sum(forward for forward, _ in flops) / operations
+    products_backward = sum(backward for _, backward in flops) / operations
+    again_matmul = again_bytes = 0.0
+    if layout.recompute.granularity == "full":
+        again_matmul, again_bytes = products + scores_forward, work.forward_bytes
+    elif layout.recompute.granularity == "selective":
+        again_matmul, again_bytes = scores_forward, work.score_forward_bytes
+    added = work.parameters * _accumulated_bytes(layout)
+    passes = 2 if layout.recompute.granularity == "full" else 1
+    sums_forward = tensor_traffic(layout, cluster, reduced_bytes=work.reduced_forward, sums=work.sums_forward)
+    sums_backward = tensor_traffic(layout, cluster, reduced_bytes=work.reduced_backward, sums=work.sums_backward)
+    launch = cluster.launch_ms_per_layer / 1e3
+    return ChunkTime(
+        matmul=products + products_backward + scores_forward + scores_backward + again_matmul,
+        memory=(work.forward_bytes + work.backward_bytes + again_bytes + added) / memory,
+        launch=launch,
+        tensor=passes * sums_forward.seconds + sums_backward.seconds,
+        forward=products + scores_forward + work.forward_bytes / memory + sums_forward.seconds + launch / 3,
+        tensor_gigabytes=passes * sums_forward.gigabytes + sums_backward.gigabytes,
+    )
+
+
+def _score_seconds(work: LayerWork, layout: Layout, cluster: Cluster, *, is_causal: bool) -> tuple[float, float]:
+    """Return the seconds of scores and values, (forward, backward); twice the operations backward.
+
+    A fused kernel leaves out what lies behind the diagonal and computes the scores again backward (5 products for 2).
+    Our reference computes scores in fp32: half of its operations.
+    """
+    operations, _ = _rates(layout, cluster)
+    if layout.attention == "fused":
+        flops = work.score_flops * (0.5 if is_causal else 1.0)
+        forward = flops / (cluster.peak_tflops * 1e12 * cluster.attention_fraction)
+        return forward, 2.5 * forward
+    if layout.attention in ("reference", "sdpa") and layout.precision != "fp32":
+        fp32 = cluster.fp32_tflops * 1e12 * cluster.matmul_fraction
+        forward = work.score_flops / 2 / operations + work.score_flops / 2 / fp32
+        return forward, 2 * forward
+    return work.score_flops / operations, 2 * work.score_flops / operations
+
+
+def _embedding_time(architecture: Architecture, layout: Layout, cluster: Cluster) -> ChunkTime:
+    """Return the time of looking words up, of the norm behind (BLOOM) and of the table's gradient, which is dense."""
+    _, memory = _rates(layout, cluster)
+    numbers = layout.micro_batch_size * sum(layout.sides) * architecture.hidden_size
+    norm = isinstance(architecture, BloomArchitecture)
+    mask = 5 if layout.dropout else 0
+    wide = layout.number_bytes / 2
+    forward = numbers * (6 + 4 * norm + mask) * wide / memory
+    backward = numbers * (10 + 10 * norm + mask) * wide / memory
+    table = architecture.padded_vocab_size / layout.tp * architecture.hidden_size
+    backward += table * (layout.number_bytes + _accumulated_bytes(layout)) / memory
+    found = tensor_traffic(layout, cluster, reduced_bytes=numbers * layout.number_bytes, sums=1)
+    return ChunkTime(
+        memory=forward + backward,
+        tensor=found.seconds,
+        forward=forward + found.seconds,
+        tensor_gigabytes=found.gigabytes,
+    )
+
+
+def _head_time(architecture: Architecture, layout: Layout, cluster: Cluster) -> ChunkTime:
+    """Return the time of the output layer and its loss, of all positions only where the engine keeps all logits."""
+    operations, memory = _rates(layout, cluster)
+    positions = float(layout.micro_batch_size * layout.sides[1])
+    words = architecture.padded_vocab_size / layout.tp
+    again, logit_bytes = 0, WHOLE_LOGIT_TRAFFIC
+    if not layout.engine.keeps_logits:
+        positions, logit_bytes = positions * layout.loss_fraction, LOGIT_TRAFFIC
+        # Beyond one chunk the logits are computed again in the backward pass.
+        again = 0 if positions * words <= LOGITS_AT_ONCE else 1
+    forward, backward = linear_flops(
+        math.ceil(positions), architecture.hidden_size, math.ceil(words), multiprocessors=cluster.multiprocessors
+    )
+    traffic = logit_bytes * layout.number_bytes / 2 * positions * words / memory
+    added = words * architecture.hidden_size * _accumulated_bytes(layout) / memory
+    # Each rank has the gradient from its own words.
+    summed = tensor_traffic(
+        layout, cluster, reduced_bytes=positions * architecture.hidden_size * layout.number_bytes, sums=1
+    )
+    return ChunkTime(
+        matmul=((1 + again) * forward + backward) / operations,
+        memory=traffic + added,
+        tensor=summed.seconds,
+        forward=forward / operations + traffic / 2,
+        tensor_gigabytes=summed.gigabytes,
+    )
+
+
+def _accumulated_bytes(layout: Layout) -> float:
+    """Return the memory traffic of a parameter whose gradient is added up."""
+    if layout.precision == "fp32":
+        return 12
+    return 8 if layout.fuses_weight_gradient else layout.engine.accumulate_bytes
