@@ -17,11 +17,19 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
+from megatron_xmtf.checkpoint.stored_chunk import DAMAGE
 from megatron_xmtf.errors import ConfigError, CorruptCheckpointError
 from megatron_xmtf.files import require_file, safe_child
 
-__all__ = ["COMMON_NAME", "METADATA_NAME", "check_metadata", "read_metadata", "tiling_problem"]
+__all__ = ["COMMON_NAME", "FORMATS", "METADATA_NAME", "check_metadata", "read_metadata", "tiling_problem"]
 
+FORMATS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""What Megatron-Core's `metadata.json` says of its formats."""
 METADATA_NAME = ".metadata"
 COMMON_NAME = "common.pt"
 
@@ -102,16 +110,7 @@ def read_metadata(directory: Path | str) -> Metadata:
         raise CorruptCheckpointError(
             f"{path} is refused: {error}. It is damaged, or was made to run code; get it from a source that you trust."
         ) from error
-    except (
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        ImportError,
-        LookupError,
-        MemoryError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (*DAMAGE, ImportError) as error:
         raise CorruptCheckpointError(f"{path} is damaged: {type(error).__name__} {error}.") from error
     if not isinstance(found, Metadata):
         raise CorruptCheckpointError(f"{path} holds a {type(found).__name__}, not a checkpoint's metadata.")

@@ -12,6 +12,7 @@ reads these. The pickle goes through torch's restricted loader, with storages th
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import struct
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ DAMAGE = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError),
     *(RuntimeError, TypeError, ValueError, struct.error),
 )
-"""What torch's restricted loader raises at damaged bytes, besides `UnpicklingError`: it pops from empty stacks."""
+"""What restricted loaders of pickles raise at damaged bytes, besides `UnpicklingError`: they pop from empty stacks."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,23 @@ class StoredChunk:
             place = _record_offset(view, what, wanted=tensor.nbytes, length=length)
         return cls(what, shape, dtype, None if place is None else offset + place)
 
-    def read_rows(self, stream: IO[bytes], rows: tuple[int, int]) -> torch.Tensor:
+    def read_rows(
+        self, stream: IO[bytes], rows: tuple[int, int], *, inner: tuple[int, int] | None = None
+    ) -> torch.Tensor:
         """Return rows [first, last) along the first dimension; memory of these alone.
 
+        Args:    inner: of one row, what is wanted along the second dimension: rows of one of the stacked layers.
         Raises:  CorruptCheckpointError: the file ends before them.
         """
         assert self.offset is not None, "read whole"
-        row_bytes = self.dtype.itemsize
-        for size in self.shape[1:]:
-            row_bytes *= size
         first, last = rows
+        lead: tuple[int, ...] = ()
+        rest = self.shape[1:]
+        if inner is not None:
+            assert last - first == 1, "rows of one row"
+            first, last, lead = first * rest[0] + inner[0], first * rest[0] + inner[1], (1,)
+            rest = rest[1:]
+        row_bytes = self.dtype.itemsize * math.prod(rest)
         data = torch.empty((last - first) * row_bytes, dtype=torch.uint8)
         stream.seek(self.offset + first * row_bytes)
         left = data.numpy().data
@@ -85,7 +93,7 @@ class StoredChunk:
             if not count:
                 raise CorruptCheckpointError(f"{self.what} ends {len(left):,} bytes early; the checkpoint is damaged.")
             left = left[count:]
-        return data.view(self.dtype).view(last - first, *self.shape[1:])
+        return data.view(self.dtype).view(*lead, last - first, *rest)
 
 
 def _record_offset(view: Any, what: str, *, wanted: int, length: int) -> int | None:
