@@ -8,11 +8,12 @@
 2. products    the matrix products of BLOOM, in TFLOP/s: what a step could reach at most
 3. attention   packed rows: ours, FlexAttention, torch's flash attention without ALiBi, flash-attn; relative bias
 4. head        loss over 250,880 words: ours in Triton and in plain torch, the plain head, Liger's
-5. pointwise   norms and activations: torch, compiled, Liger
-6. steps       forward, backward and update of BLOOM-560m to 7b1 on packed rows of 2,048, beside `transformers`
+5. steps       forward, backward and update of BLOOM-560m to 7b1 on packed rows of 2,048, beside `transformers`
+6. pointwise   norms and activations: torch, compiled, Liger
 
-Each part is its own process, so that one which fails, or takes all memory, ends alone; what it said is in the results,
-and the exit code is then 1. No part starts that would end after --minutes.
+Each part is its own process, so that one which fails, hangs, or takes all memory, ends alone; what it found until then,
+and what it said, are in the results, and the exit code is then 1. Nothing goes on beyond --minutes; results are written
+after each part. The first table sets what was found beside what is asked (`gpu_report.py`).
 """
 
 from __future__ import annotations
@@ -21,27 +22,33 @@ import argparse
 import json
 import os
 import platform
-import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from gpu_report import write
+
 PARTS = {
-    # name: (module, seconds that it takes at most)
-    "checks": ("gpu_kernels", 90),
-    "products": ("gpu_kernels", 30),
+    # name: (module, seconds after which it is ended). Together they may take longer than there is; what comes last is
+    # what matters least. Half of each is for imports and for what Triton and torch.compile make at first use.
+    "checks": ("gpu_kernels", 120),
+    "products": ("gpu_kernels", 60),
     "attention": ("gpu_attention", 180),
-    "head": ("gpu_kernels", 60),
-    "pointwise": ("gpu_kernels", 60),
-    "step 560m": ("gpu_steps", 60),
-    "step 1b7": ("gpu_steps", 60),
-    "step 3b": ("gpu_steps", 60),
-    "step 7b1": ("gpu_steps", 90),
+    "head": ("gpu_kernels", 90),
+    "step 1b7": ("gpu_steps", 120),
+    "step 3b": ("gpu_steps", 120),
+    "step 7b1": ("gpu_steps", 120),
+    "step 560m": ("gpu_steps", 120),
+    "pointwise": ("gpu_kernels", 90),
 }
+SHORTEST = 20.0
+"""Seconds below which no part is started: it would be ended while it imports."""
 
 
 def main() -> int:
@@ -59,9 +66,14 @@ def main() -> int:
         return 2
     found: dict[str, Any] = {}
     for name in arguments.only or PARTS:
-        found[name] = run_part(name, smoke=arguments.smoke, ends=ends)
-        print(f"{name}: {found[name].get('error') or 'done'}, {found[name].get('seconds', 0):.0f} s", flush=True)
-    write(arguments.output, {**machine, "parts": found})
+        print(f"{name}: ", end="", flush=True)
+        found[name] = part = run_part(name, smoke=arguments.smoke, ends=ends)
+        broken = [row for row in part["rows"] if not row.get("holds", True)]
+        print(f"{part.get('error', 'done')}, {part['seconds']:.0f} s, {len(part['rows'])} rows", flush=True)
+        for row in broken:
+            print(f"  does not hold: {row}", flush=True)
+        written = write(arguments.output, {**machine, "parts": found})
+    print(f"written: {written}.json and .md")
     return int(any("error" in part or not all_hold(part) for part in found.values()))
 
 
@@ -82,78 +94,56 @@ def describe_machine(*, smoke: bool) -> dict[str, Any]:
 
 
 def run_part(name: str, *, smoke: bool, ends: float) -> dict[str, Any]:
-    """Run one part in a process of its own and return what it printed last, a JSON object."""
+    """Run one part in a process of its own and return its rows, its notes, and what went wrong."""
     module, limit = PARTS[name]
     left = ends - time.monotonic()
-    if left < limit and not smoke:
-        return {"error": f"not started: {left:.0f} s are left, it may take {limit}"}
+    if left < SHORTEST:
+        return {"error": f"not started: {left:.0f} s are left", "seconds": 0.0, "rows": []}
+    limit = min(limit, left)
     environment = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     if smoke:
         environment.setdefault("TRITON_INTERPRET", "1")
     command = [sys.executable, str(Path(__file__).with_name(f"{module}.py")), name, *(["--smoke"] if smoke else [])]
-    limit *= 10 if smoke else 1
     began = time.monotonic()
-    try:
-        done = subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=limit,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"took longer than {limit} s", "seconds": time.monotonic() - began}
-    seconds = time.monotonic() - began
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["nothing was said"]
-        return {"error": f"exit code {done.returncode}: {lines[-1]}", "traceback": lines[-40:], "seconds": seconds}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {**result, "seconds": seconds}
+    # Files, not pipes: those that torch.compile starts would hold a pipe open after their parent was ended.
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=errors, start_new_session=True)
+        try:
+            code: int | None = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        said.seek(0), errors.seek(0)
+        part = read_rows(said.read().splitlines())
+        complaints = errors.read().strip().splitlines() or ["nothing was said"]
+    part["seconds"] = time.monotonic() - began
+    if code is None:
+        part |= {"error": f"ended after {limit:.0f} s", "last words": complaints[-40:]}
+    elif code:
+        part |= {"error": f"exit code {code}: {complaints[-1]}", "last words": complaints[-40:]}
+    return part
+
+
+def read_rows(lines: list[str]) -> dict[str, Any]:
+    """Sort what a part printed into rows and notes; libraries may have printed too."""
+    part: dict[str, Any] = {"rows": [], "note": ""}
+    for line in lines:
+        # The last line of a process that was ended may be half of one.
+        if line.startswith('{"row": ') and line.endswith("}}"):
+            row = json.loads(line)["row"]
+            if row.keys() == {"note"}:
+                part["note"] += row["note"]
+            else:
+                part["rows"].append(row)
+    return part
 
 
 def all_hold(part: dict[str, Any]) -> bool:
     """Return whether no row of a part says that a bound is broken."""
-    return all(row.get("holds", True) for row in part.get("rows", []))
-
-
-def write(directory: Path, results: dict[str, Any]) -> None:
-    """Write JSON for programs and Markdown for people."""
-    directory.mkdir(parents=True, exist_ok=True)
-    name = "gpu_" + re.sub(r"[^a-z0-9]+", "_", results["device"].lower()).strip("_")
-    (directory / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (directory / f"{name}.md").write_text(worded(results), encoding="utf-8")
-    print(f"written: {directory / name}.json and .md")
-
-
-def worded(results: dict[str, Any]) -> str:
-    """Word the results as Markdown: one table a part."""
-    known = ", ".join(f"{key} {results[key]}" for key in ("date", "torch", "triton", "transformers", "cuda"))
-    lines = [f"# {results['device']}", "", known, ""]
-    if results["smoke"]:
-        lines += ["**Toy sizes: the figures mean nothing.**", ""]
-    for name, part in results["parts"].items():
-        lines += [f"## {name}", ""]
-        if "error" in part:
-            lines += [f"`{part['error']}`", ""]
-            continue
-        if part.get("note"):
-            lines += [part["note"], ""]
-        rows = part["rows"]
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def cell(value: Any) -> str:
-    """Word one value of a table."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
-    return str(value)
+    return all(row.get("holds", True) for row in part["rows"])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,7 +26,9 @@ def gradients(function: Callable[..., Tensor], inputs: list[Tensor], cotangent: 
     return [output.detach(), *torch.autograd.grad(output, leaves, cotangent.to(output.dtype))]
 
 
-def compare(kernel: str, ours: Any, plain: Any, inputs: list[Tensor], names: list[str], mask: Any = 1) -> list[Any]:
+def compare(
+    kernel: str, ours: Any, plain: Any, inputs: list[Tensor], names: list[str], mask: Any = 1
+) -> Iterator[dict[str, Any]]:
     """Hold one kernel to float64, beside plain torch in the precision of its inputs; mask: 0 on padding."""
     cotangent = torch.randn_like(plain(*inputs), dtype=torch.float32).to(timing.HALF) * mask
     found = gradients(ours, inputs, cotangent)
@@ -34,16 +36,14 @@ def compare(kernel: str, ours: Any, plain: Any, inputs: list[Tensor], names: lis
     exact = gradients(plain, [tensor.double() for tensor in inputs], cotangent)
     for side in (found, other, exact):
         side[0] = side[0] * mask
-    return [
-        timing.error_row(kernel, what, *three)
-        for what, *three in zip(["output", *names], found, other, exact, strict=True)
-    ]
+    for what, *three in zip(["output", *names], found, other, exact, strict=True):
+        yield timing.error_row(kernel, what, *three)
 
 
-def checks(name: str, *, smoke: bool) -> dict[str, Any]:
+def checks(name: str, *, smoke: bool) -> Iterator[dict[str, Any]]:
     """Check every kernel: prime lengths, one-token segments, padding, head_dim that is no power of two, prefix-LM."""
     generator = timing.fresh_generator()
-    rows: list[dict[str, Any]] = []
+    yield {"note": f"Seed {generator.initial_seed()}. Errors are norms, in parts of the exact one's."}
     length, heads = (67, 1) if smoke else (1021, 4)
     segment_ids = timing.packed_rows(2, length, mean=8 if smoke else 90, generator=generator)
     real = (segment_ids.t() > 0)[:, :, None]
@@ -66,15 +66,13 @@ def checks(name: str, *, smoke: bool) -> dict[str, Any]:
                 context: Tensor = chosen.attend(q, k, v, prepared)
                 return context
 
-            rows += compare(f"packed attention, {kind}, {head_dim}", ours, plain, qkv, ["dq", "dk", "dv"], real)
-    rows += check_relative(segment_ids, generator, smoke=smoke)
-    rows += check_head(generator, smoke=smoke)
-    return {"rows": rows, "seed": generator.initial_seed()}
+            yield from compare(f"packed attention, {kind}, {head_dim}", ours, plain, qkv, ["dq", "dk", "dv"], real)
+    yield from check_relative(segment_ids, generator, smoke=smoke)
+    yield from check_head(generator, smoke=smoke)
 
 
-def check_relative(segment_ids: Tensor, generator: torch.Generator, *, smoke: bool) -> list[dict[str, Any]]:
+def check_relative(segment_ids: Tensor, generator: torch.Generator, *, smoke: bool) -> Iterator[dict[str, Any]]:
     """Check encoder, decoder and cross attention, the gradient of the bias among the rest."""
-    rows: list[dict[str, Any]] = []
     chosen = choose_relative_attention("fused")
     keys = timing.packed_rows(2, segment_ids.size(1) + 30, mean=8 if smoke else 120, generator=generator)
     for kind, key_ids, causal in (
@@ -99,11 +97,10 @@ def check_relative(segment_ids: Tensor, generator: torch.Generator, *, smoke: bo
             return relative_reference.relative_attention(q, k, v, b, dense, scale=1.0)
 
         given = inputs if kind == "cross" else [*inputs, bias]
-        rows += compare(f"relative attention, {kind}", ours, plain, given, names)
-    return rows
+        yield from compare(f"relative attention, {kind}", ours, plain, given, names)
 
 
-def check_head(generator: torch.Generator, *, smoke: bool) -> list[dict[str, Any]]:
+def check_head(generator: torch.Generator, *, smoke: bool) -> Iterator[dict[str, Any]]:
     """Check the loss over a vocabulary of a prime size, in chunks."""
     words, hidden_size, count = (5_003, 16, 9) if smoke else (250_681, 1024, 257)
     inputs = [timing.draw(size, hidden_size, generator=generator) for size in (count, words)]
@@ -111,7 +108,7 @@ def check_head(generator: torch.Generator, *, smoke: bool) -> list[dict[str, Any
     labels = torch.randint(0, words, (count,), generator=generator).to(timing.DEVICE)
     shard = VocabularyShard(first=0, count=words)
     loss = choose_head_loss("fused")
-    return compare(
+    yield from compare(
         "head and loss",
         lambda hidden, weight: loss(hidden, weight, labels, shard=shard, logits_at_once=words * 100),
         lambda hidden, weight: wide_head_loss(hidden, weight, labels),
@@ -127,9 +124,9 @@ def wide_head_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return head_reference.head_loss(hidden, weight, labels)
 
 
-def products(name: str, *, smoke: bool) -> dict[str, Any]:
+def products(name: str, *, smoke: bool) -> Iterator[dict[str, Any]]:
     """Time the matrix products of one layer and of the head, bf16."""
-    tokens, rows = (64 if smoke else 8192), []
+    tokens = 64 if smoke else 8192
     for model, hidden in ({"toy": 32} if smoke else {"560m": 1024, "1b7": 2048, "3b": 2560, "7b1": 4096}).items():
         for what, columns in (("qkv", 3), ("projection", 1), ("to 4h", 4), ("head", 250_880 / hidden)):
             width = 512 if smoke else round(columns * hidden)
@@ -138,13 +135,14 @@ def products(name: str, *, smoke: bool) -> dict[str, Any]:
             count = tokens if what != "head" else tokens // 4
             taken = timing.milliseconds(lambda a=left[:count], b=right: a @ b.t())
             rate = 2.0 * count * hidden * width / taken / 1e9
-            rows.append({"model": model, "product": what, "tokens": count, "ms": taken, "TFLOP/s": rate})
-    return {"rows": rows}
+            yield {"model": model, "product": what, "tokens": count, "ms": taken, "TFLOP/s": rate}
 
 
-def head(name: str, *, smoke: bool) -> dict[str, Any]:
+def head(name: str, *, smoke: bool) -> Iterator[dict[str, Any]]:
     """Time loss and gradients over BLOOM's vocabulary at the target positions of 8,192 tokens, a fifth of them."""
     words, hidden_size, count = (1_003, 16, 9) if smoke else (250_880, 2048, 1638)
+    note = f"{count} positions, hidden size {hidden_size}, {words} words; GiB: beyond the weight, with its gradient."
+    yield {"note": note}
     generator = timing.fresh_generator()
     hidden = timing.draw(count, hidden_size, generator=generator).requires_grad_()
     weight = (timing.draw(words, hidden_size, generator=generator) * 0.02).requires_grad_()
@@ -156,27 +154,27 @@ def head(name: str, *, smoke: bool) -> dict[str, Any]:
         "chunked": lambda: chunked(hidden, weight, labels, shard=shard).mean(),
     }
     sides["plain"] = lambda: head_reference.head_loss(hidden, weight, labels).mean()
-    rows = []
     if find_spec("liger_kernel") is not None and timing.DEVICE == "cuda":
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         liger = LigerFusedLinearCrossEntropyLoss()
         sides["Liger"] = lambda: liger(weight, hidden, labels)
     else:
-        rows.append({"side": "Liger", "remark": "not installed, or no GPU"})
+        yield {"side": "Liger", "remark": "not installed, or no GPU"}
     for side, function in sides.items():
 
         def both(function: Callable[[], Tensor] = function) -> None:
             hidden.grad = weight.grad = None
             function().backward()
 
-        taken, memory = timing.milliseconds(both), timing.peak_gib(both)
+        taken = timing.milliseconds(both)
+        hidden.grad = weight.grad = None
+        memory = timing.peak_gib(both)
         rate = 6.0 * count * hidden_size * words / taken / 1e9
-        rows.append({"side": side, "ms": taken, "GiB": memory, "TFLOP/s": rate})
-    return {"rows": rows, "note": f"{count} positions, hidden size {hidden_size}, {words} words; GiB: with gradients."}
+        yield {"side": side, "ms": taken, "GiB": memory, "TFLOP/s": rate}
 
 
-def pointwise(name: str, *, smoke: bool) -> dict[str, Any]:
+def pointwise(name: str, *, smoke: bool) -> Iterator[dict[str, Any]]:
     """Time norms and activations, forward and backward, in GB/s of what they must read and write at least."""
     tokens, hidden = (32, 64) if smoke else (8192, 4096)
     functional = torch.nn.functional
@@ -195,7 +193,6 @@ def pointwise(name: str, *, smoke: bool) -> dict[str, Any]:
         "bias + tanh-GELU": (lambda x: functional.gelu(x + shift, approximate="tanh"), x),
         "gated GELU": (gated, wide),
     }
-    rows: list[dict[str, Any]] = []
     for what, (function, given) in operations.items():
         sides: dict[str, Callable[[Tensor], Tensor]] = {"torch": function}
         if timing.DEVICE == "cuda":
@@ -211,8 +208,7 @@ def pointwise(name: str, *, smoke: bool) -> dict[str, Any]:
             taken = timing.milliseconds(both)
             # Forward reads x and writes y; backward reads x and dy and writes dx.
             moved = 2 * (3 * given.numel() + 2 * cotangent.numel())
-            rows.append({"operation": what, "side": side, "ms": taken, "GB/s": moved / taken / 1e6})
-    return {"rows": rows}
+            yield {"operation": what, "side": side, "ms": taken, "GB/s": moved / taken / 1e6}
 
 
 def liger_sides(what: str, weight: Tensor, shift: Tensor, hidden: int) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -9,8 +9,11 @@ MFU counts model FLOPs (`training/flops.py`: full attention, head for every toke
 
 from __future__ import annotations
 
+import gc
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import gpu_timing as timing
@@ -32,29 +35,33 @@ MICRO_BATCHES, STEPS = 2, 4
 """Micro-batches of a step; steps, of which the first, which compiles, is not counted."""
 
 
-def step(name: str, *, smoke: bool) -> dict[str, Any]:
+def step(name: str, *, smoke: bool) -> Iterator[dict[str, Any]]:
     """Measure one size."""
     size = name.split()[1]
     hidden, layers, heads, tries, has_peer = SIZES[size]
     length, words = 2048, VOCABULARY
     if smoke:
-        hidden, layers, heads, tries, length, words = 32, 1, 2, [(1, "none")], 40, 512
+        hidden, layers, heads, length, words = 32, 1, 2, 40, 512
+        tries = [(1, recompute) for _, recompute in tries[-1:]]
     architecture = BloomArchitecture(hidden_size=hidden, num_layers=layers, num_attention_heads=heads, vocab_size=words)
-    rows: list[dict[str, Any]] = []
-    for micro_batch_size, recompute in tries:
-        batches = draw_batches(micro_batch_size, length, words, smoke=smoke)
-        row = measure(architecture, batches, lambda b=batches, r=recompute: our_step(architecture, b, r))
-        rows.append({"side": "ours", "rows": micro_batch_size, "recompute": recompute, **row})
-        if "remark" not in row:
-            break
+    yield {
+        "note": f"BLOOM-{size}, rows of {length}, {MICRO_BATCHES} micro-batches a step, median of {STEPS - 1} steps."
+    }
+    sides: dict[str, list[tuple[int, str]]] = {"ours": tries}
     if has_peer:
-        for micro_batch_size, _ in tries:
-            batches = draw_batches(max(1, micro_batch_size // 2), length, words, smoke=smoke)
-            row = measure(architecture, batches, lambda b=batches: transformers_step(architecture, b))
-            rows.append({"side": "transformers", "rows": max(1, micro_batch_size // 2), "recompute": "none", **row})
+        sides["transformers"] = [(max(1, rows // 2), "none") for rows, _ in tries]
+    for side, sizes in sides.items():
+        for rows, recompute in sizes:
+            batches = draw_batches(rows, length, words, smoke=smoke)
+            if side == "ours":
+                kernels = "auto" if smoke and size == "7b1" else "fused"
+                build = partial(our_step, architecture, batches, recompute=recompute, kernels=kernels)
+            else:
+                build = partial(transformers_step, architecture, batches)
+            row = measure(architecture, batches, build)
+            yield {"side": side, "rows": rows, "recompute": recompute, **row}
             if "remark" not in row:
                 break
-    return {"rows": rows, "note": f"BLOOM-{size}, rows of {length}, {MICRO_BATCHES} micro-batches a step."}
 
 
 def draw_batches(rows: int, length: int, words: int, *, smoke: bool) -> list[dict[str, Tensor]]:
@@ -83,30 +90,26 @@ def measure(
 ) -> dict[str, Any]:
     """Build a side, run its steps, and count; what does not fit the memory is said in a remark."""
     try:
-        one_step = build()
-        losses, seconds = [], []
-        for _ in range(STEPS):
-            synchronize()
-            began = time.perf_counter()
-            losses.append(one_step())
-            synchronize()
-            seconds.append(time.perf_counter() - began)
-        peak = torch.cuda.max_memory_allocated() / timing.GIB if timing.DEVICE == "cuda" else None
+        losses, seconds = run_steps(build)
     except torch.OutOfMemoryError:
+        losses, seconds = [], []
+    # Only here has nobody the model any longer: neither a frame of `run_steps` nor the exception that holds its frames.
+    peak = torch.cuda.max_memory_allocated() / timing.GIB if timing.DEVICE == "cuda" else None
+    release()
+    if not losses:
         return {"remark": "out of memory"}
-    finally:
-        release()
-    taken = sorted(seconds[1:])[len(seconds[1:]) // 2]
-    length = batches[0]["tokens"].size(1)
+    taken = statistics.median(seconds[1:])
     tokens = sum(batch["tokens"].numel() for batch in batches)
     real = sum(int((batch["segment_ids"] > 0).sum()) for batch in batches)
     targets = sum(int(batch["is_target"].sum()) for batch in batches)
     pairs = sum(timing.visible_pairs(batch["segment_ids"]) for batch in batches)
+    length = batches[0]["tokens"].size(1)
     model_tflops = model_flops_per_token(architecture, sequence_length=length) * tokens / taken / 1e12
     useful = useful_flops(architecture, tokens=real, attention_pairs=pairs, target_tokens=targets) / taken / 1e12
     limit = peak_tflops(torch.cuda.get_device_name(), precision="bf16") if timing.DEVICE == "cuda" else None
     return {
         "step ms": 1e3 * taken,
+        "first step s": seconds[0],
         "tokens/s": tokens / taken,
         "target tokens/s": targets / taken,
         "model TFLOP/s": model_tflops,
@@ -114,9 +117,23 @@ def measure(
         "useful TFLOP/s": useful,
         "useful MFU %": None if limit is None else 100 * useful / limit,
         "GiB": peak,
+        "first loss": losses[0],
         "loss": losses[-1],
         "holds": losses[-1] < losses[0],
     }
+
+
+def run_steps(build: Callable[[], Callable[[], float]]) -> tuple[list[float], list[float]]:
+    """Build a side and run its steps; return their losses and seconds."""
+    one_step = build()
+    losses, seconds = [], []
+    for _ in range(STEPS):
+        synchronize()
+        began = time.perf_counter()
+        losses.append(one_step())
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    return losses, seconds
 
 
 def synchronize() -> None:
@@ -127,8 +144,6 @@ def synchronize() -> None:
 
 def release() -> None:
     """Give memory back, and end our process groups."""
-    import gc
-
     from megatron_xmtf.parallel.topology import destroy_parallel
 
     if torch.distributed.is_initialized():
@@ -139,8 +154,10 @@ def release() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def our_step(architecture: BloomArchitecture, batches: list[dict[str, Tensor]], recompute: str) -> Callable[[], float]:
-    """Build our model and optimizer; return one step of it."""
+def our_step(
+    architecture: BloomArchitecture, batches: list[dict[str, Tensor]], *, recompute: str, kernels: str
+) -> Callable[[], float]:
+    """Build our model and optimizer; return one step of it. kernels: of attention and head, `fused` or `auto`."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.utils import get_model_config
 
@@ -149,12 +166,12 @@ def our_step(architecture: BloomArchitecture, batches: list[dict[str, Tensor]], 
     from megatron_xmtf.parallel.topology import initialize_parallel
     from megatron_xmtf.training.optimizer import build_optimizer, set_learning_rate
 
-    # Triton's interpreter multiplies bf16 wrongly: a smoke test on a CPU trains in fp32, through the same kernels.
-    precision: Any = "bf16" if timing.DEVICE == "cuda" else "fp32"
+    # Triton's interpreter multiplies bf16 wrongly: on a CPU they train in fp32, and the others in bf16.
+    precision: Any = "fp32" if timing.DEVICE == "cpu" and kernels == "fused" else "bf16"
     config = RunConfig.model_validate(
         {
             **{"model": "unused", "output": "unused", "precision": precision},
-            "kernels": {"attention": "fused", "head_loss": "fused"},
+            "kernels": {"attention": kernels, "head_loss": kernels},
             "data": {"train": [{"prefix": "unused"}]},
             "batch": {"sequence_length": batches[0]["tokens"].size(1), "global_batch_size": 1},
             "schedule": {"train_steps": STEPS},

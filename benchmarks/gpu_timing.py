@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,21 +18,24 @@ HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 GIB = 2**30
 
 
+HEAD_START = 2_000_000
+"""Cycles that a GPU spins before what is timed, about a millisecond: Python launches a kernel in some 50 microseconds,
+and a short one would otherwise wait for it between the events."""
+
+
 def milliseconds(function: Callable[[], Any], *, repeats: int = 20) -> float:
     """Return the median time of a call; on a GPU between events, with the cache emptied before each."""
     function()
     if DEVICE == "cpu":
-        times = []
-        for _ in range(1):
-            began = time.perf_counter()
-            function()
-            times.append(1e3 * (time.perf_counter() - began))
-        return statistics.median(times)
+        began = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - began)
     function()
     cache = torch.empty(256 * 2**20, dtype=torch.int8, device=DEVICE)
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for begin, end in marks:
         cache.zero_()
+        torch.cuda._sleep(HEAD_START)
         begin.record()
         function()
         end.record()
@@ -95,20 +97,33 @@ def visible_pairs(segment_ids: Tensor) -> int:
 
 
 def error_row(kernel: str, what: str, ours: Tensor, plain: Tensor, exact: Tensor) -> dict[str, Any]:
-    """Compare errors: ours may be twice that of plain torch in the same precision; both against float64."""
-    largest = float(exact.abs().max())
-    errors = [float((side.double() - exact).abs().max()) / max(largest, 1e-30) for side in (ours, plain)]
-    holds = errors[0] <= 2 * errors[1] + 1e-6 and bool(torch.isfinite(ours).all())
-    return {"kernel": kernel, "what": what, "error": errors[0], "plain torch": errors[1], "holds": holds}
+    """Compare errors, both against float64: that of ours may be twice that of plain torch in the same precision.
+
+    The norm of the error is held to that. Its largest element is held to eight times plain torch's, to see a fault in
+    few of them: twice would fail by the luck of single elements, in dv of torch's own fused kernel in two draws of
+    eight (215,000 elements, bf16, on a CPU), where the ratio of norms stays within a few percent from draw to draw.
+    """
+    errors = [side.double() - exact for side in (ours, plain)]
+    norms = [float(error.norm() / exact.norm().clamp(min=1e-30)) for error in errors]
+    largest = [float(error.abs().max() / exact.abs().max().clamp(min=1e-30)) for error in errors]
+    # NaN compares as False, so that it holds nothing.
+    holds = norms[0] <= 2 * norms[1] + 1e-6 and largest[0] <= 8 * largest[1] + 1e-6
+    return {
+        **{"kernel": kernel, "what": what, "error": norms[0], "of plain torch": norms[1]},
+        **{"largest": largest[0], "largest of plain": largest[1], "holds": holds},
+    }
 
 
-def run(parts: dict[str, Callable[..., dict[str, Any]]]) -> None:
-    """Run the part that the command line names, and print what it returns as one line of JSON."""
+Part = Callable[..., Iterator[dict[str, Any]]]
+"""Name of the part, smoke -> rows of its table, and notes: {"note": words} alone."""
+
+
+def run(parts: dict[str, Part]) -> None:
+    """Run the part that the command line names; print each row as a line of JSON as soon as it is known."""
     parser = argparse.ArgumentParser()
     parser.add_argument("part")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     part = parts.get(arguments.part) or parts[arguments.part.split()[0]]
-    result = part(arguments.part, smoke=arguments.smoke)
-    sys.stdout.flush()
-    print(json.dumps(result))
+    for row in part(arguments.part, smoke=arguments.smoke):
+        print(json.dumps({"row": row}), flush=True)
