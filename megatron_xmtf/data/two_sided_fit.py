@@ -24,7 +24,6 @@ Source:  bin-centric norm-based greedy of Panigrahy et al. 2011 ("Heuristics for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,7 +146,10 @@ class _Plane:
         down, across = -(-counts.shape[0] // BLOCK_INPUTS), -(-counts.shape[1] // BLOCK_TARGETS)
         self.counts = np.zeros((down * BLOCK_INPUTS, across * BLOCK_TARGETS), np.int64)
         self.counts[: counts.shape[0], : counts.shape[1]] = counts
-        blocks = (self.counts > 0).reshape(down, BLOCK_INPUTS, across, BLOCK_TARGETS).sum(axis=(1, 3))
+        self._is_present = self.counts > 0
+        # Room left on a side in parts of it, by tokens.
+        self._inputs, self._targets = (np.arange(size + 1) / size for size in self._size)
+        blocks = self._is_present.reshape(down, BLOCK_INPUTS, across, BLOCK_TARGETS).sum(axis=(1, 3))
         self._pairs_in = blocks  # different pairs left in each block
         self._list_blocks()
         self.left = int(counts.sum())
@@ -171,10 +173,9 @@ class _Plane:
         most = max(inputs, targets, 1e-9)
         self._weights = inputs / most, targets / most
         self._ahead = (targets - inputs) / most  # room of the inputs over that of the targets in rows as asked
-
-    def _distance(self, inputs: Any, targets: Any, imbalance: Any) -> Any:
-        """Distance, squared, of rooms left in parts of their sides, and of how far their difference is off."""
-        return self._weights[0] * inputs**2 + self._weights[1] * targets**2 + self._balance * imbalance**2
+        self._far_inputs, self._far_targets = (
+            weight * parts**2 for weight, parts in zip(self._weights, (self._inputs, self._targets), strict=True)
+        )
 
     def take(self, pair: tuple[int, int], count: int) -> None:
         """Take examples of a pair away."""
@@ -183,6 +184,7 @@ class _Plane:
         self._asked[0] -= pair[0] * count
         self._asked[1] -= pair[1] * count
         if self.counts[pair] == 0:
+            self._is_present[pair] = False
             block = pair[0] // BLOCK_INPUTS, pair[1] // BLOCK_TARGETS
             self._pairs_in[block] -= 1
             if self._pairs_in[block] == 0:
@@ -198,13 +200,7 @@ class _Plane:
         short_inputs = room_inputs - self._first_inputs
         short_targets = room_targets - self._first_targets
         possible = np.flatnonzero((short_inputs >= 0) & (short_targets >= 0) & self._is_left)
-        # Rooms that pairs of a block leave, in parts: from its far corner's to its near corner's.
-        most_inputs, most_targets = short_inputs[possible] / self._size[0], short_targets[possible] / self._size[1]
-        least_inputs = np.maximum(most_inputs - (BLOCK_INPUTS - 1) / self._size[0], 0)
-        least_targets = np.maximum(most_targets - (BLOCK_TARGETS - 1) / self._size[1], 0)
-        below = least_inputs - most_targets - self._ahead
-        above = self._ahead - (most_inputs - least_targets)
-        bounds = self._distance(least_inputs, least_targets, np.maximum(np.maximum(below, above), 0))
+        bounds = self._bounds(short_inputs[possible], short_targets[possible])
         best, best_pair = np.inf, None
         while len(bounds):
             at = int(bounds.argmin())
@@ -212,23 +208,44 @@ class _Plane:
                 break
             bounds[at] = np.inf
             block = int(possible[at])
-            found = self._nearest_in(block, room_inputs, room_targets)
-            if found is not None and found[0] < best:
-                best, best_pair = found
+            distance, pair = self._nearest_in(block, room_inputs, room_targets)
+            if distance < best:
+                best, best_pair = distance, pair
         return best_pair
 
-    def _nearest_in(self, block: int, room_inputs: int, room_targets: int) -> tuple[float, tuple[int, int]] | None:
+    def _bounds(self, inputs: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return distances below which no pair of each block is.
+
+        Args:    inputs, targets: [blocks], room that the smallest pair of a block leaves, in tokens.
+        """
+        least_inputs, least_targets = (
+            np.maximum(inputs - (BLOCK_INPUTS - 1), 0),
+            np.maximum(targets - (BLOCK_TARGETS - 1), 0),
+        )
+        bounds: NDArray[np.float64] = self._far_inputs[least_inputs] + self._far_targets[least_targets]
+        if self._balance:
+            below = self._inputs[least_inputs] - self._targets[targets] - self._ahead
+            above = self._targets[least_targets] - self._inputs[inputs] + self._ahead
+            imbalance = np.maximum(np.maximum(below, above), 0)
+            bounds += self._balance * imbalance**2
+        return bounds
+
+    def _nearest_in(self, block: int, room_inputs: int, room_targets: int) -> tuple[float, tuple[int, int]]:
+        """Return the distance, squared, of the nearest pair of a block, and the pair; infinity if none fits."""
         first_inputs, first_targets = int(self._first_inputs[block]), int(self._first_targets[block])
         end_inputs = min(first_inputs + BLOCK_INPUTS, room_inputs + 1)
         end_targets = min(first_targets + BLOCK_TARGETS, room_targets + 1)
-        inputs, targets = self.counts[first_inputs:end_inputs, first_targets:end_targets].nonzero()
-        if not len(inputs):
-            return None
-        leaves_inputs = (room_inputs - first_inputs - inputs) / self._size[0]
-        leaves_targets = (room_targets - first_targets - targets) / self._size[1]
-        distances = self._distance(leaves_inputs, leaves_targets, leaves_inputs - leaves_targets - self._ahead)
-        at = int(distances.argmin())
-        return float(distances[at]), (first_inputs + int(inputs[at]), first_targets + int(targets[at]))
+        # A column of the inputs' part, a row of the targets'; room falls as lengths grow.
+        column = slice(room_inputs - end_inputs + 1, room_inputs - first_inputs + 1)
+        row = slice(room_targets - end_targets + 1, room_targets - first_targets + 1)
+        distances = self._far_inputs[column][::-1, None] + self._far_targets[row][::-1]
+        if self._balance:
+            imbalance = self._inputs[column][::-1, None] - self._targets[row][::-1] - self._ahead
+            distances += self._balance * imbalance**2
+        present = self._is_present[first_inputs:end_inputs, first_targets:end_targets]
+        distances = np.where(present, distances, np.inf)
+        inputs, targets = divmod(int(distances.argmin()), distances.shape[1])
+        return float(distances[inputs, targets]), (first_inputs + inputs, first_targets + targets)
 
 
 def fewest_rows(counts: NDArray[np.int64]) -> int:
