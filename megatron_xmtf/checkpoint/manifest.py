@@ -14,9 +14,8 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,6 @@ __all__ = [
     "CheckpointManifest",
     "FileEntry",
     "begin_checkpoint",
-    "checkpoint_directory",
     "discard_checkpoint",
     "finish_checkpoint",
     "hash_files",
@@ -197,41 +195,6 @@ def _flush(directory: Path, names: Iterable[str]) -> None:
 def discard_checkpoint(temporary: Path) -> None:
     """Remove an unfinished checkpoint; nothing happens if it was renamed or is gone."""
     shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def checkpoint_directory(
-    path: Path | str,
-    *,
-    step: int,
-    architecture: Mapping[str, Any],
-    dtype: str,
-    config: Mapping[str, Any] | None,
-    consumed_rows: int,
-    contents: Iterable[str],
-    origin: Mapping[str, Any] | None = None,
-) -> Iterator[Path]:
-    """Yield a temporary directory to write a checkpoint in; publish it as `path` on a clean exit (one process).
-
-    Raises:  ConfigError: `path` exists. On any error nothing is left behind.
-    """
-    temporary = begin_checkpoint(path)
-    try:
-        with disk_errors(Path(path)):
-            yield temporary
-        finish_checkpoint(
-            temporary,
-            path,
-            step=step,
-            architecture=architecture,
-            dtype=dtype,
-            config=config,
-            consumed_rows=consumed_rows,
-            contents=contents,
-            origin=origin,
-        )
-    finally:
-        discard_checkpoint(temporary)
 
 
 def hash_files(directory: Path, names: Iterable[str]) -> dict[str, str]:

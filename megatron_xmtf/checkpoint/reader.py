@@ -81,6 +81,10 @@ class CheckpointReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file that is open."""
         if self._stream is not None:
             self._stream.close()
 
@@ -93,13 +97,13 @@ class CheckpointReader:
         stored, entry = self.tensors[key], self.metadata.state_dict_metadata[key]
         assert isinstance(entry, TensorStorageMetadata), f"{key} is not a tensor"
         if not stored.shape:
-            return self._rows(key, entry.chunks[0], stored.dtype, None).reshape(())
+            return self._box(key, entry.chunks[0], stored.dtype, ()).reshape(())
         start, end = rows if rows is not None else (0, stored.shape[0])
         assert 0 <= start <= end <= stored.shape[0], f"{key} {stored.shape} has no rows {rows}"
         for chunk in entry.chunks:
             first, last = chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
             if first <= start and end <= last and tuple(chunk.sizes[1:]) == stored.shape[1:]:
-                return self._rows(key, chunk, stored.dtype, (start - first, end - first))
+                return self._box(key, chunk, stored.dtype, (slice(start - first, end - first),))
         result = torch.empty((end - start, *stored.shape[1:]), dtype=stored.dtype)
         self.read_into(key, result, offsets=(start, *(0 for _ in stored.shape[1:])))
         return result
@@ -124,10 +128,8 @@ class CheckpointReader:
             ]
             if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
                 continue
-            rows = (begins[0] - chunk.offsets[0], ends[0] - chunk.offsets[0]) if begins else None
-            stored = self._rows(key, chunk, entry.properties.dtype, rows)
-            columns = _slices(begins[1:], ends[1:], chunk.offsets[1:])
-            target[_slices(begins, ends, offsets)].copy_(stored[(slice(None), *columns)] if begins else stored)
+            stored = self._box(key, chunk, entry.properties.dtype, _slices(begins, ends, chunk.offsets))
+            target[_slices(begins, ends, offsets)].copy_(stored)
 
     def row_bytes(self, key: str) -> int:
         """Return the bytes of one row of a tensor, along its first dimension."""
@@ -149,10 +151,10 @@ class CheckpointReader:
         """
         return self._load(MetadataIndex(key))
 
-    def _rows(
-        self, key: str, chunk: ChunkStorageMetadata, dtype: torch.dtype, rows: tuple[int, int] | None
-    ) -> torch.Tensor:
-        """Return rows of one chunk, all of it for None.
+    def _box(self, key: str, chunk: ChunkStorageMetadata, dtype: torch.dtype, box: tuple[slice, ...]) -> torch.Tensor:
+        """Return part of one chunk: [first, last) along its first dimensions; memory of the rows that it is in.
+
+        Of one row of many, as a layer of the stacked ones is, its own rows alone are read.
 
         Raises:  CorruptCheckpointError: it is not of the type or shape that the description says.
         """
@@ -168,10 +170,14 @@ class CheckpointReader:
                     f"instead of {dtype} {tuple(chunk.sizes)}; the checkpoint is damaged."
                 )
             self._found[index] = found
-        if found.offset is None or rows is None or not math.prod(found.shape):
+        if found.offset is None or not box or not math.prod(found.shape):
             whole: torch.Tensor = self._load(index)
-            return whole if rows is None else whole[rows[0] : rows[1]]
-        return found.read_rows(stream, rows)
+            return whole[box]
+        rows, inner = (box[0].start, box[0].stop), None
+        if len(box) > 1 and rows[1] - rows[0] == 1:
+            inner = (box[1].start, box[1].stop)
+        part = found.read_rows(stream, rows, inner=inner)
+        return part[(slice(None), *box[1:])] if inner is None else part[(slice(None), slice(None), *box[2:])]
 
     def _load(self, index: MetadataIndex) -> Any:
         place, stream = self.metadata.storage_data[index], self._open(index)

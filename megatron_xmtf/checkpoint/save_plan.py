@@ -38,12 +38,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from megatron_xmtf.checkpoint.agreement import gather
 from megatron_xmtf.checkpoint.optimizer_shards import StateBox
 from megatron_xmtf.checkpoint.safe_read import tiling_problem
+from megatron_xmtf.checkpoint.shard_writer import ShardItem
 from megatron_xmtf.checkpoint.state import TrainingState
 
-__all__ = ["PlannedSave", "ShardItem", "ShardPlanner"]
-
-ShardItem = tuple[MetadataIndex, torch.Tensor | bytes]
-"""A chunk of a global tensor, or a pickled object, and its name and place."""
+__all__ = ["PlannedSave", "ShardPlanner"]
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from megatron_xmtf.checkpoint.agreement import Failure, from_rank_zero, gather, raise_write_failures
 from megatron_xmtf.checkpoint.manifest import FileEntry, begin_checkpoint, discard_checkpoint, finish_checkpoint
-from megatron_xmtf.checkpoint.safe_read import METADATA_NAME
-from megatron_xmtf.checkpoint.save_plan import PlannedSave, ShardItem, ShardPlanner
-from megatron_xmtf.checkpoint.shard_writer import ShardWriter, WrittenPart, stage_items
+from megatron_xmtf.checkpoint.safe_read import FORMATS, METADATA_NAME
+from megatron_xmtf.checkpoint.save_plan import PlannedSave, ShardPlanner
+from megatron_xmtf.checkpoint.shard_writer import ShardItem, ShardWriter, WrittenPart, stage_items
 from megatron_xmtf.checkpoint.state import training_state
 from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.errors import DiskFullError, XmtfError
@@ -41,13 +41,6 @@ __all__ = ["CheckpointSaver", "SaveRequest"]
 
 logger = logging.getLogger(__name__)
 
-FORMATS = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
-"""What Megatron-Core's `metadata.json` says of its formats."""
 SPARE_BYTES = 64 << 20
 """Left free besides the checkpoint's own bytes: its descriptions, metrics.jsonl, the side files."""
 WAIT_SECONDS = 0.2

@@ -33,11 +33,12 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_xmtf.checkpoint.agreement import Failure
 from megatron_xmtf.checkpoint.manifest import FileEntry
-from megatron_xmtf.checkpoint.save_plan import ShardItem
 from megatron_xmtf.files import sha256_file
 
-__all__ = ["ShardWriter", "WrittenPart", "stage_items", "write_shard"]
+__all__ = ["ShardItem", "ShardWriter", "WrittenPart", "stage_items", "write_shard"]
 
+ShardItem = tuple[MetadataIndex, torch.Tensor | bytes]
+"""A chunk of a global tensor, or a pickled object, and its name and place."""
 FILES_A_RANK = 2
 """Shards of a rank, written and hashed by a thread each."""
 FILE_BYTES = 8 << 30

@@ -25,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, metavar="CKPT", help="checkpoint to write; must not exist")
     parser.add_argument("--dtype", metavar="TYPE", help="float32, bfloat16 or float16; default: as in the checkpoints")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes; default: by the model's size and the cores"
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="begin anew instead of going on where a killed average stopped"
+    )
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
 
@@ -37,7 +43,12 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_xmtf.conversion.huggingface_model import parse_dtype
 
     done = average_checkpoints(
-        arguments.checkpoint, arguments.output, weights=arguments.weight, dtype=parse_dtype(arguments.dtype)
+        arguments.checkpoint,
+        arguments.output,
+        weights=arguments.weight,
+        dtype=parse_dtype(arguments.dtype),
+        workers=arguments.workers,
+        restart=arguments.restart,
     )
     if arguments.json:
         print(json.dumps(asdict(done), indent=2, default=str))

@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, metavar="CKPT", help="checkpoint to write; must not exist")
     parser.add_argument("--dtype", metavar="TYPE", help="float32, bfloat16 or float16; default: as in the model")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes; default: by the model's size and the cores"
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="begin anew instead of going on where a killed import stopped"
+    )
     others = parser.add_argument_group("with --deepspeed or --megatron")
     others.add_argument("--config", metavar="PATH", help="a BLOOM's config.json; default: by the run's own settings")
     others.add_argument("--tokenizer", metavar="DIR", help="directory whose tokenizer files go along")
@@ -45,11 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="copies that tensor-parallel ranks hold of one weight, where they differ: average (default, as the "
         "published models have), the first rank's, or an error",
     )
-    hf = parser.add_argument_group("with --hf")
-    hf.add_argument("--workers", type=int, metavar="N", help="processes; default: by the model's size and the cores")
-    hf.add_argument(
-        "--restart", action="store_true", help="begin anew instead of going on where a killed import stopped"
-    )
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
 
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from megatron_xmtf.conversion.huggingface_model import parse_dtype
 
-    dtype = parse_dtype(arguments.dtype)
+    common: Any = {"dtype": parse_dtype(arguments.dtype), "workers": arguments.workers, "restart": arguments.restart}
     done: Any
     if arguments.deepspeed is not None:
         from megatron_xmtf.conversion.deepspeed import import_deepspeed
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
             vocab_size=arguments.vocab_size,
             weights=arguments.weights or "stored",
             replicas=arguments.replicas or "average",
-            dtype=dtype,
+            **common,
         )
     elif arguments.megatron is not None:
         from megatron_xmtf.conversion.megatron_core import import_megatron
@@ -85,15 +86,13 @@ def run(arguments: argparse.Namespace) -> int:
             config=arguments.config,
             tokenizer=arguments.tokenizer,
             vocab_size=arguments.vocab_size,
-            dtype=dtype,
+            **common,
         )
     else:
         from megatron_xmtf.conversion.huggingface import import_huggingface
 
         _refuse(arguments, "config", "tokenizer", "vocab_size", "weights", "replicas")
-        done = import_huggingface(
-            arguments.hf, arguments.output, dtype=dtype, workers=arguments.workers, restart=arguments.restart
-        )
+        done = import_huggingface(arguments.hf, arguments.output, **common)
     if arguments.json:
         print(json.dumps(asdict(done), indent=2, default=str))
         return 0

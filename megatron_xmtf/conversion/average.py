@@ -13,21 +13,23 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from megatron_xmtf.checkpoint.directory import find_checkpoint
-from megatron_xmtf.checkpoint.manifest import CheckpointManifest, checkpoint_directory, open_manifest
+from megatron_xmtf.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest, open_manifest
 from megatron_xmtf.checkpoint.reader import CheckpointReader
 from megatron_xmtf.checkpoint.reading_direction import attends_prefix
-from megatron_xmtf.checkpoint.streamed_write import CHUNK_BYTES, StreamedWriter, row_ranges
+from megatron_xmtf.checkpoint.row_ranges import CHUNK_BYTES, row_ranges
+from megatron_xmtf.conversion.checkpoint_parts import CheckpointDescription, write_checkpoint
 from megatron_xmtf.conversion.huggingface import convert_part
 from megatron_xmtf.conversion.huggingface_export import TRAINING_PREFIXES
 from megatron_xmtf.conversion.huggingface_model import copy_side_files, dtype_name
+from megatron_xmtf.conversion.tensor_source import SourceTensor, TensorSource
 from megatron_xmtf.errors import CheckpointError, ConfigError
 from megatron_xmtf.files import read_json, sha256_file, write_json
-from megatron_xmtf.progress import Progress
 
 __all__ = ["AveragedCheckpoint", "average_checkpoints"]
 
@@ -51,14 +53,16 @@ def average_checkpoints(
     *,
     weights: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
+    workers: int | None = None,
+    restart: bool = False,
 ) -> AveragedCheckpoint:
     """Write the weighted average of checkpoints as a checkpoint of step 0.
 
-    Memory: one chunk of `streamed_write.CHUNK_BYTES` of each step: read, as a term and as the sum in fp64, stored.
+    Memory: a few times `row_ranges.CHUNK_BYTES` in each process: what is read, as a term and as the sum in fp64.
 
     Args:    checkpoints: two or more, each one or a run directory (its newest). weights: one each; they may be
              negative (task arithmetic), must be finite and sum to 1 within 1e-6; None: equal. dtype: type to store;
-             None: as in the sources, which then must agree.
+             None: as in the sources, which then must agree. workers, restart: as in `write_checkpoint`.
     Raises:  ConfigError: too few checkpoints, weights that do not fit, `output` exists. CheckpointError: other
              architectures, tensors, shapes or types; they are named. NonFiniteError: NaN or Inf. On any error nothing
              is left at `output`.
@@ -68,37 +72,80 @@ def average_checkpoints(
     manifests = [open_manifest(path) for path in found]
     _check_architectures(found, manifests)
     reads_both_ways = _common_direction(found, manifests)
-    with ExitStack() as stack:
-        readers = [stack.enter_context(CheckpointReader(path)) for path in found]
-        names = _common_tensors(readers)
-        types = {name: dtype or _common_dtype(readers, name) for name in names}
-        stored = {dtype_name(kept) for kept in types.values()}
-        stored_name = stored.pop() if len(stored) == 1 else "mixed"
-        total = sum(math.prod(readers[0].tensors[name].shape) * types[name].itemsize for name in names)
-        with checkpoint_directory(
-            Path(output),
-            step=0,
-            architecture=manifests[0].architecture,
-            dtype=stored_name,
-            config=None,
-            consumed_rows=0,
-            contents=["model"],
-            origin={"average_of": _origin(found, manifests, shares)},
-        ) as temporary:
-            with (
-                Progress("average", total=round(total / 1e6), unit="MB") as progress,
-                StreamedWriter(temporary) as writer,
-            ):
-                for name in names:
-                    _average_tensor(readers, shares, name, writer, progress, dtype=types[name])
-                writer.finish()
-            copy_side_files(found[0] / "hf", temporary / "hf")
-            if reads_both_ways:
-                # A run says so in its configuration, which an average has not.
-                config = temporary / "hf" / "config.json"
-                write_json(config, {**read_json(config), "prefix_lm": True})
-        parameters = sum(math.prod(readers[0].tensors[name].shape) for name in names)
-    return AveragedCheckpoint(Path(output), tuple(found), tuple(shares), len(names), parameters, stored_name)
+    open_source = partial(AverageSource, tuple(found), tuple(shares), dtype)
+
+    def add_files(directory: Path) -> None:
+        copy_side_files(found[0] / "hf", directory / "hf")
+        if reads_both_ways:
+            # A run says so in its configuration, which an average has not.
+            config = directory / "hf" / "config.json"
+            write_json(config, {**read_json(config), "prefix_lm": True})
+
+    with open_source() as source:
+        count, parameters = len(source.tensors), sum(math.prod(tensor.shape) for tensor in source.tensors)
+        written = write_checkpoint(
+            output,
+            source,
+            open_source,
+            describe=CheckpointDescription(
+                manifests[0].architecture, origin={"average_of": _origin(found, manifests, shares)}
+            ),
+            add_files=add_files,
+            settings={"shares": shares, "dtype": str(dtype)},
+            workers=workers,
+            restart=restart,
+            what="average",
+        )
+    return AveragedCheckpoint(Path(output), tuple(found), tuple(shares), count, parameters, written.dtype)
+
+
+class AverageSource(TensorSource):
+    """The average of opened checkpoints as the tensors of another.
+
+    Args:    shares: weight of each. dtype: type to store; None: that of the checkpoints.
+    Raises:  CheckpointError: other tensors, shapes or types.
+    """
+
+    def __init__(self, checkpoints: Sequence[Path], shares: Sequence[float], dtype: torch.dtype | None) -> None:
+        self._shares = shares
+        with ExitStack() as stack:
+            self._readers = [stack.enter_context(CheckpointReader(path)) for path in checkpoints]
+            shapes = {name: self._readers[0].tensors[name].shape for name in _common_tensors(self._readers)}
+            self.tensors = [
+                _averaged_tensor(name, shape, dtype or _common_dtype(self._readers, name))
+                for name, shape in shapes.items()
+            ]
+            self._stack = stack.pop_all()
+        self._tensors = {tensor.name: tensor for tensor in self.tensors}
+
+    @property
+    def files(self) -> list[Path]:
+        """Their manifests, which hold the hashes of all their files."""
+        return [reader.directory / MANIFEST_NAME for reader in self._readers]
+
+    def close(self) -> None:
+        """Close the checkpoints."""
+        self._stack.close()
+
+    def read(self, name: str, rows: tuple[int, int]) -> torch.Tensor:
+        """Return the average of some rows.
+
+        Raises:  NonFiniteError: NaN or Inf in one, or in the average. CorruptCheckpointError: a chunk cannot be read.
+        """
+        tensor = self._tensors[name]
+        total: torch.Tensor | None = None
+        for reader, share in zip(self._readers, self._shares, strict=True):
+            part = reader.read(name, rows=rows if tensor.shape else None)
+            term = convert_part(part, dtype=None, name=f"{name} in {reader.directory}").double() * share
+            total = term if total is None else total.add_(term)
+        assert total is not None, "there are two checkpoints at least"
+        return convert_part(total, dtype=tensor.dtype, name=name)
+
+
+def _averaged_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> SourceTensor:
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    chunks = row_ranges(shape[0] if shape else 1, row_bytes, chunk_bytes=CHUNK_BYTES)
+    return SourceTensor(name, shape, dtype, tuple(chunks))
 
 
 def _checked_weights(count: int, weights: Sequence[float] | None) -> list[float]:
@@ -191,27 +238,3 @@ def _origin(
         }
         for path, manifest, share in zip(found, manifests, shares, strict=True)
     ]
-
-
-def _average_tensor(
-    readers: Sequence[CheckpointReader],
-    shares: Sequence[float],
-    name: str,
-    writer: StreamedWriter,
-    progress: Progress,
-    *,
-    dtype: torch.dtype,
-) -> None:
-    shape = readers[0].tensors[name].shape
-    rows, rest = (shape[0] if shape else 1), (0,) * max(0, len(shape) - 1)
-    row_bytes = math.prod(shape[1:]) * dtype.itemsize
-    for start, end in row_ranges(rows, row_bytes, chunk_bytes=CHUNK_BYTES):
-        total: torch.Tensor | None = None
-        for reader, share in zip(readers, shares, strict=True):
-            part = reader.read(name, rows=(start, end) if shape else None)
-            term = convert_part(part, dtype=None, name=f"{name} in {reader.directory}").double() * share
-            total = term if total is None else total.add_(term)
-        assert total is not None, "there are two checkpoints at least"
-        averaged = convert_part(total, dtype=dtype, name=name)
-        writer.write(name, averaged, offsets=(start, *rest) if shape else (), shape=shape)
-        progress.advance(round(end * row_bytes / 1e6) - round(start * row_bytes / 1e6))

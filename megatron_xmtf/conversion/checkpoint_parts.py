@@ -1,10 +1,13 @@
 """Write a checkpoint of step 0 out of a source of tensors: several processes, bounded memory, and it can go on.
 
-    plan       chunks of the tensors, in order, dealt to files of about `FILE_BYTES`
-    process    one file after another: read, convert, write, hash, flush
+    plan       chunks of the tensors, in order, dealt to files of about `FILE_BYTES`; before each file, the files of
+               the source that it takes from, those with checksums, once each
+    process    one task after another: compare with checksums; or read, convert, write, hash, flush
     parent     each finished file into the journal; at the end .metadata, manifest, one rename
 
     CKPT.tmp-1f0c/__0_0.distcp  __0_1.distcp ...  journal.json  lock        while it is written
+
+What is compared is read again by the file behind it, out of the system's cache.
 
 A run that was killed is gone on from by the same command: files in the journal are on the disk and are kept. An error
 of the input (a tensor that is not finite, a damaged file) removes all of it.
@@ -31,10 +34,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_xmtf.checkpoint.manifest import FileEntry, finish_checkpoint
-from megatron_xmtf.checkpoint.safe_read import METADATA_NAME, check_metadata
-from megatron_xmtf.checkpoint.saver import FORMATS
+from megatron_xmtf.checkpoint.safe_read import FORMATS, METADATA_NAME, check_metadata
 from megatron_xmtf.checkpoint.shard_writer import write_shard
-from megatron_xmtf.conversion.tensor_source import SourceTensor, TensorSource
+from megatron_xmtf.conversion.tensor_source import SourceTensor, TensorSource, common_dtype
 from megatron_xmtf.data.journal import JOURNAL, Journal, input_identity
 from megatron_xmtf.data.part_file import WrittenFile
 from megatron_xmtf.data.working_directory import LOCK, WorkingDirectory, working_directory
@@ -43,7 +45,7 @@ from megatron_xmtf.files import disk_errors, write_json
 from megatron_xmtf.progress import Progress
 from megatron_xmtf.worker_pool import WorkerPool
 
-__all__ = ["FILE_BYTES", "CheckpointDescription", "processes_for", "write_checkpoint"]
+__all__ = ["FILE_BYTES", "CheckpointDescription", "WrittenCheckpoint", "processes_for", "write_checkpoint"]
 
 FILE_BYTES = 1 << 30
 """What a killed conversion loses at most, in each process; a 176B model has 330 files."""
@@ -58,8 +60,17 @@ class CheckpointDescription:
     """What the manifest says of a checkpoint besides its files."""
 
     architecture: Mapping[str, Any]
-    dtype: str
     origin: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WrittenCheckpoint:
+    """What was written."""
+
+    dtype: str
+    """Of all tensors; `mixed` where they differ."""
+    notes: Mapping[str, float]
+    """What the source noticed (`TensorSource.take_notes`), an interrupted run's included."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,7 @@ class _Part:
 
 def write_checkpoint(
     output: Path | str,
+    source: TensorSource,
     open_source: OpenSource,
     *,
     describe: CheckpointDescription,
@@ -80,30 +92,27 @@ def write_checkpoint(
     workers: int | None = None,
     restart: bool = False,
     what: str = "import",
-) -> int:
+) -> WrittenCheckpoint:
     """Write a checkpoint and give it its name when it is whole.
 
-    Memory: a few times `streamed_write.CHUNK_BYTES` in each process.
+    Memory: a few times `row_ranges.CHUNK_BYTES` in each process.
 
-    Args:    open_source: picklable; called in each process. add_files: writes what else belongs to the checkpoint, its
-             `hf/`, into the directory given. settings: what the bytes depend on besides the source's files.
-             workers: processes; None: as many as there are cores where the model is large. restart: throw away what
-             an interrupted conversion left.
-    Returns: bytes of weights written, those of an interrupted run not counted.
+    Args:    source: opened; read by this process where one is enough. open_source: opens it in others; picklable.
+             add_files: writes what else belongs to the checkpoint, its `hf/`, into the directory given. settings: what
+             the bytes depend on besides the source's files. workers: processes; None: as many as there are cores where
+             the model is large. restart: throw away what an interrupted conversion left. what: the conversion's name.
     Raises:  ConfigError: `output` exists. DatasetError: another conversion to it runs, or an interrupted one was
              another. What the source raises. On any XmtfError nothing is left of it.
     """
     output = Path(output)
     if output.exists():
         raise ConfigError(f"{output} exists already and is not overwritten; remove it or choose another name.")
-    with open_source() as source:
-        tensors = list(source.tensors)
-        key = {"inputs": [input_identity(path) for path in source.files], "what": what, **settings}
+    key = {"inputs": [input_identity(path) for path in source.files], "what": what, **settings}
     with disk_errors(output), working_directory(output, key=key, restart=restart) as directory:
-        run = _Writing(directory, key, tensors, list(_plan(tensors)))
-        processes = workers or processes_for(sum(tensor.bytes for tensor in tensors))
-        written = run.write(open_source, workers=processes, what=what)
-        run.finish(output, describe, add_files)
+        run = _Writing(directory, key, source)
+        run.write(open_source, workers=workers or processes_for(sum(tensor.bytes for tensor in run.tensors)), what=what)
+        written = WrittenCheckpoint(common_dtype(run.tensors), run.notes)
+        run.finish(output, describe, add_files, dtype=written.dtype)
     return written
 
 
@@ -116,44 +125,66 @@ def processes_for(total_bytes: int) -> int:
 class _Writing:
     """The parts of one checkpoint, and which of them are done."""
 
-    def __init__(
-        self, directory: WorkingDirectory, key: dict[str, Any], tensors: list[SourceTensor], parts: list[_Part]
-    ) -> None:
-        self.directory, self.key, self.tensors, self.parts = directory, key, tensors, parts
+    def __init__(self, directory: WorkingDirectory, key: dict[str, Any], source: TensorSource) -> None:
+        self.directory, self.key, self.source = directory, key, source
+        self.tensors = list(source.tensors)
+        self.parts = list(_plan(self.tensors))
         self.files: dict[str, WrittenFile] = {}
         self.places: dict[str, list[tuple[int, int]]] = {}
         """File -> (offset, length) of each of its chunks."""
+        self.notes: dict[str, float] = {}
         if directory.journal is not None:
             self._take_up(directory.journal)
 
-    def write(self, open_source: OpenSource, *, workers: int, what: str) -> int:
-        """Write the parts that are missing; return the bytes of weights in them."""
-        todo = [part for part in self.parts if part.name not in self.files]
+    def write(self, open_source: OpenSource, *, workers: int, what: str) -> None:
+        """Write the parts that are missing."""
         sizes = {part.name: sum(self._bytes(*chunk) for chunk in part.chunks) for part in self.parts}
-        done = sum(sizes.values()) - sum(sizes[part.name] for part in todo)
-        total = sum(sizes.values())
-        tasks = [(str(self.directory.path), part) for part in todo]
+        done, total = sum(sizes[name] for name in self.files), sum(sizes.values())
+        todo = list(self._tasks())
+        workers = min(workers, len(todo) or 1)
+        state = (open_source if workers > 1 else lambda: self.source, self.directory.path)
         with (
             Progress(what, total=round(total / 1e6), unit="MB", done=round(done / 1e6)) as progress,
-            WorkerPool(min(workers, len(todo) or 1), state=open_source, setup=_open) as pool,
+            WorkerPool(workers, state=state, setup=_Worker) as pool,
         ):
-            for part, (entry, places) in zip(todo, pool.map(_write_part, tasks), strict=True):
-                self.files[part.name] = WrittenFile(entry.bytes, entry.sha256)
-                self.places[part.name] = places
+            for task, outcome in zip(todo, pool.map(_do, todo), strict=True):
+                if outcome is None or isinstance(task, Path):
+                    continue
+                self.files[task.name] = WrittenFile(outcome.entry.bytes, outcome.entry.sha256)
+                self.places[task.name] = outcome.places
+                self._add_notes(outcome.notes)
                 self._journal().write(self.directory.path)
-                progress.advance(round((done + sizes[part.name]) / 1e6) - round(done / 1e6))
-                done += sizes[part.name]
-        return sum(sizes[part.name] for part in todo)
+                progress.advance(round((done + sizes[task.name]) / 1e6) - round(done / 1e6))
+                done += sizes[task.name]
 
-    def finish(self, output: Path, describe: CheckpointDescription, add_files: Callable[[Path], object]) -> None:
+    def _tasks(self) -> Iterator[_Part | Path]:
+        """Give the parts that are missing, each behind the files to compare with their checksums for it."""
+        compared: set[Path] = set()
+        for part in self.parts:
+            if part.name not in self.files:
+                names = dict.fromkeys(self.tensors[number].name for number, _, _ in part.chunks)
+                wanted = dict.fromkeys(path for name in names for path in self.source.files_to_check(name))
+                yield from (path for path in wanted if path not in compared)
+                compared.update(wanted)
+                yield part
+
+    def _add_notes(self, notes: Mapping[str, float]) -> None:
+        for name, number in notes.items():
+            self.notes[name] = max(number, self.notes.get(name, number))
+
+    def finish(
+        self, output: Path, describe: CheckpointDescription, add_files: Callable[[Path], object], *, dtype: str
+    ) -> None:
         """Describe the chunks, add the side files, publish."""
         path = self.directory.path
         metadata = Metadata(
             state_dict_metadata={tensor.name: _describe(tensor) for tensor in self.tensors},
             storage_data={
-                MetadataIndex(self.tensors[number].name, self._offsets(number, first)): _StorageInfo(part.name, *place)
+                MetadataIndex(self.tensors[number].name, self.tensors[number].box(first, last)[0]): _StorageInfo(
+                    part.name, *place
+                )
                 for part in self.parts
-                for (number, first, _), place in zip(part.chunks, self.places[part.name], strict=True)
+                for (number, first, last), place in zip(part.chunks, self.places[part.name], strict=True)
             },
             storage_meta=StorageMeta(),
             version=CURRENT_DCP_VERSION,
@@ -171,7 +202,7 @@ class _Writing:
             output,
             step=0,
             architecture=describe.architecture,
-            dtype=describe.dtype,
+            dtype=dtype,
             config=None,
             consumed_rows=0,
             contents=["model"],
@@ -180,11 +211,12 @@ class _Writing:
         )
 
     def _journal(self) -> Journal:
-        return Journal(self.key, {"places": self.places}, 0, self.files, {})
+        return Journal(self.key, {"places": self.places, "notes": self.notes}, 0, self.files, {})
 
     def _take_up(self, journal: Journal) -> None:
         """Keep the files that an interrupted run finished, and remove those that it had begun."""
         places = journal.progress.get("places", {})
+        self.notes = dict(journal.progress.get("notes", {}))
         for part in self.parts:
             path, entry = self.directory.path / part.name, journal.parts.get(part.name)
             known = places.get(part.name, [])
@@ -197,9 +229,6 @@ class _Writing:
 
     def _bytes(self, number: int, first: int, last: int) -> int:
         return (last - first) * self.tensors[number].row_bytes
-
-    def _offsets(self, number: int, first: int) -> tuple[int, ...]:
-        return (first, *(0 for _ in self.tensors[number].shape[1:]))
 
 
 def _plan(tensors: Sequence[SourceTensor]) -> Iterator[_Part]:
@@ -218,40 +247,51 @@ def _plan(tensors: Sequence[SourceTensor]) -> Iterator[_Part]:
 
 
 def _describe(tensor: SourceTensor) -> TensorStorageMetadata:
-    rest = tensor.shape[1:]
     return TensorStorageMetadata(
         TensorProperties(dtype=tensor.dtype),
         torch.Size(tensor.shape),
-        [
-            ChunkStorageMetadata(torch.Size((first, *(0 for _ in rest))), torch.Size((last - first, *rest)))
-            for first, last in tensor.chunks
-        ],
+        [ChunkStorageMetadata(*tensor.box(first, last)) for first, last in tensor.chunks],
     )
 
 
-def _open(open_source: OpenSource) -> TensorSource:
-    """Open the source in a process, which ends with it."""
-    return open_source().__enter__()
+class _Worker:
+    """The source, opened in a process, with which it ends."""
+
+    def __init__(self, state: tuple[OpenSource, Path]) -> None:
+        open_source, self.directory = state
+        self.source = open_source().__enter__()
+        self.tensors = self.source.tensors
 
 
-def _write_part(source: TensorSource, task: tuple[str, _Part]) -> tuple[FileEntry, list[tuple[int, int]]]:
-    """Write one file; return its size and hash, and where its chunks are."""
-    directory, part = task
-    tensors = source.tensors
+@dataclass(frozen=True)
+class _Outcome:
+    """A file that was written: its size and hash, (offset, length) of its chunks, what the source noticed."""
+
+    entry: FileEntry
+    places: list[tuple[int, int]]
+    notes: dict[str, float]
+
+
+def _do(worker: _Worker, task: _Part | Path) -> _Outcome | None:
+    """Compare a file of the source with its checksums, or write one file of the checkpoint."""
+    if isinstance(task, Path):
+        worker.source.check(task)
+        return None
 
     def items() -> Iterator[tuple[MetadataIndex, torch.Tensor]]:
-        for number, first, last in part.chunks:
-            tensor = tensors[number]
-            data = source.read(tensor.name, (first, last))
-            assert data.dtype == tensor.dtype and tuple(data.shape) == (last - first, *tensor.shape[1:]), tensor.name
+        for number, first, last in task.chunks:
+            tensor = worker.tensors[number]
+            data = worker.source.read(tensor.name, (first, last))
+            assert data.dtype == tensor.dtype and data.shape == tensor.box(first, last)[1], tensor.name
             yield MetadataIndex(f"{number}", (first,)), data
 
     # The zip archive's own checksums are left out: each file has its SHA-256.
     checks = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
-        with disk_errors(Path(directory) / part.name):
-            places, files = write_shard(Path(directory), part.name, items())
+        with disk_errors(worker.directory / task.name):
+            places, files = write_shard(worker.directory, task.name, items())
     finally:
         torch.serialization.set_crc32_options(checks)
-    return files[part.name], [(place.offset, place.length) for place in places.values()]
+    places_in_file = [(place.offset, place.length) for place in places.values()]
+    return _Outcome(files[task.name], places_in_file, dict(worker.source.take_notes()))

@@ -23,7 +23,7 @@ from megatron_xmtf.checkpoint.directory import find_checkpoint
 from megatron_xmtf.checkpoint.manifest import open_manifest
 from megatron_xmtf.checkpoint.reader import CheckpointReader
 from megatron_xmtf.checkpoint.reading_direction import attends_prefix
-from megatron_xmtf.checkpoint.streamed_write import CHUNK_BYTES, row_ranges
+from megatron_xmtf.checkpoint.row_ranges import CHUNK_BYTES, row_ranges
 from megatron_xmtf.conversion.deepspeed_layout import layer_and_key
 from megatron_xmtf.conversion.deepspeed_settings import write_settings
 from megatron_xmtf.conversion.huggingface import convert_part
@@ -67,7 +67,7 @@ def export_deepspeed(
 ) -> ExportedDeepSpeed:
     """Write the weights of a BLOOM as a step of Megatron-DeepSpeed's pipeline.
 
-    Memory: a few times `streamed_write.CHUNK_BYTES`. The files of one layer are made up on the disk first, which takes
+    Memory: a few times `row_ranges.CHUNK_BYTES`. The files of one layer are made up on the disk first, which takes
     their size of it once more while they are written.
 
     Args:    checkpoint: one, or a run directory (its newest). tensor_parallel_size: files of each layer.

@@ -76,12 +76,17 @@ class SliceSource(ABC):
     """Parameter -> the first file that holds it."""
 
     @abstractmethod
-    def slices(self, name: str, *, check: bool = True) -> list[Slice]:
+    def slices(self, name: str) -> list[Slice]:
         """Return a parameter's slices, by tensor-parallel rank; those of another parameter may be let go.
 
-        Args:    check: compare the bytes of the files with their checksums, when they are opened.
+        Nothing is compared with its checksum; `files_of` names the files where all must be (`torch_file.check_bytes`).
+
         Raises:  CorruptCheckpointError: a file is damaged, or does not hold it.
         """
+
+    @abstractmethod
+    def files_of(self, name: str) -> list[Path]:
+        """Return the files that are opened for a parameter."""
 
 
 class LayerFiles(SliceSource):
@@ -95,29 +100,35 @@ class LayerFiles(SliceSource):
         self._grid = _layer_grid(directory)
         self.tensor_parallel_size = 1 + max(rank for _, rank in self._grid)
         self._check_grid()
-        self._opened: tuple[int, bool, list[dict[str, torch.Tensor]]] | None = None
+        self._opened: tuple[int, list[dict[str, torch.Tensor]]] | None = None
         self.names = {}
         for layer in sorted({layer for layer, _ in self._grid}):
-            for key in self._open(layer, check=False)[0]:
+            for key in self._open(layer)[0]:
                 self.names[parameter_name(layer, key)] = self._grid[layer, 0]
 
-    def slices(self, name: str, *, check: bool = True) -> list[Slice]:
+    def slices(self, name: str) -> list[Slice]:
         """Return its slices, as `SliceSource.slices`."""
-        first, _, key = name.partition(".")
-        layer = int(first) if first.isdigit() else 1
-        if not first.isdigit():
-            key = key.partition(".")[2]
-        opened = self._open(layer, check=check)
+        layer, key = self._place(name)
+        opened = self._open(layer)
         return [Slice((tensors[key],), self._grid[layer, rank]) for rank, tensors in enumerate(opened)]
 
-    def _open(self, layer: int, *, check: bool) -> list[dict[str, torch.Tensor]]:
-        if self._opened is not None and self._opened[0] == layer and self._opened[1] >= check:
-            return self._opened[2]
+    def files_of(self, name: str) -> list[Path]:
+        """Return the files of its layer, as `SliceSource.files_of`."""
+        return [self._grid[self._place(name)[0], rank] for rank in range(self.tensor_parallel_size)]
+
+    def _place(self, name: str) -> tuple[int, str]:
+        """Return layer and key of `3.mlp.dense_h_to_4h.bias` and of `tied_modules.embed.word_embeddings.weight`."""
+        first, _, key = name.partition(".")
+        return (int(first), key) if first.isdigit() else (1, key.partition(".")[2])
+
+    def _open(self, layer: int) -> list[dict[str, torch.Tensor]]:
+        if self._opened is not None and self._opened[0] == layer:
+            return self._opened[1]
         self._opened = None
         opened: list[dict[str, torch.Tensor]] = []
         for rank in range(self.tensor_parallel_size):
             path = self._grid[layer, rank]
-            tensors = open_torch_file(path, check=check)
+            tensors = open_torch_file(path, check=False)
             if not isinstance(tensors, dict) or not all(isinstance(item, torch.Tensor) for item in tensors.values()):
                 raise CorruptCheckpointError(f"{path} is not a flat dictionary of tensors.")
             differing = sorted(set(tensors) ^ set(opened[0])) if opened else []
@@ -126,7 +137,7 @@ class LayerFiles(SliceSource):
                     f"{path} and {self._grid[layer, 0].name} do not hold the same tensors: {', '.join(differing[:5])}."
                 )
             opened.append(tensors)
-        self._opened = (layer, check, opened)
+        self._opened = (layer, opened)
         return opened
 
     def _check_grid(self) -> None:
@@ -162,15 +173,19 @@ class UniversalFiles(SliceSource):
     def __init__(self, directory: Path) -> None:
         self.names = {path.name: path / "fp32.pt" for path in sorted((directory / "zero").iterdir()) if path.is_dir()}
 
-    def slices(self, name: str, *, check: bool = True) -> list[Slice]:
+    def slices(self, name: str) -> list[Slice]:
         """Return its slices, as `SliceSource.slices`."""
         path = self.names[name]
-        value = open_torch_file(path, check=check)
+        value = open_torch_file(path, check=False)
         # Newer versions of DeepSpeed write the tensor alone for what they copy.
         tensor = value.get("param") if isinstance(value, dict) else value
         if not isinstance(tensor, torch.Tensor):
             raise CorruptCheckpointError(f"{path} holds no tensor `param`.")
         return [Slice((tensor,), path)]
+
+    def files_of(self, name: str) -> list[Path]:
+        """Return its file, as `SliceSource.files_of`."""
+        return [self.names[name]]
 
 
 class FragmentFiles(SliceSource):
@@ -192,16 +207,20 @@ class FragmentFiles(SliceSource):
         self.tensor_parallel_size = counts.pop()
         self.names = {name: ranks[0][0] for name, ranks in self._files.items()}
 
-    def slices(self, name: str, *, check: bool = True) -> list[Slice]:
+    def slices(self, name: str) -> list[Slice]:
         """Return its slices, as `SliceSource.slices`."""
         found = []
         for files in self._files[name]:
-            stretches = tuple(open_torch_file(path, check=check) for path in files)
+            stretches = tuple(open_torch_file(path, check=False) for path in files)
             for path, stretch in zip(files, stretches, strict=True):
                 if not isinstance(stretch, torch.Tensor) or stretch.dim() != 1:
                     raise CorruptCheckpointError(f"{path} is no stretch of a flattened parameter.")
             found.append(Slice(stretches, files[0], is_flat=True))
         return found
+
+    def files_of(self, name: str) -> list[Path]:
+        """Return the files of all ranks, as `SliceSource.files_of`."""
+        return [path for files in self._files[name] for path in files]
 
 
 def _numbered(directory: Path, state: str) -> list[Path]:

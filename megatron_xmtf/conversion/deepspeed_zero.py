@@ -41,37 +41,43 @@ class ZeroFiles(SliceSource):
                 self._grid[int(match[2]), int(match[1])] = path
         self._check_grid()
         self._data_parallel_size = 1 + max(rank for _, rank in self._grid)
-        self._opened: tuple[int, bool, list[list[_Partition]]] | None = None
+        self._opened: tuple[int, list[list[_Partition]]] | None = None
         self._stages: dict[str, int] = {}
         self.names = {}
         for stage in range((1 + max(model for model, _ in self._grid)) // tensor_parallel_size):
-            for partition in self._open(stage, check=False)[0]:
+            for partition in self._open(stage)[0]:
                 for name in partition.places:
                     # The embedding is tied: the last stage holds a copy of it under the same name.
                     self._stages.setdefault(name, stage)
                     self.names.setdefault(name, partition.path)
 
-    def slices(self, name: str, *, check: bool = True) -> list[Slice]:
+    def slices(self, name: str) -> list[Slice]:
         """Return its slices, as `SliceSource.slices`."""
         found = []
-        for partitions in self._open(self._stages[name], check=check):
+        for partitions in self._open(self._stages[name]):
             holding = [partition for partition in partitions if name in partition.places]
             if not holding:
                 raise CorruptCheckpointError(f"{partitions[0].path} and its data-parallel siblings hold no {name}.")
             found.append(Slice(tuple(part.stretch(name) for part in holding), holding[0].path, is_flat=True))
         return found
 
-    def _open(self, stage: int, *, check: bool) -> list[list[_Partition]]:
+    def files_of(self, name: str) -> list[Path]:
+        """Return the files of its stage, as `SliceSource.files_of`."""
+        return [self._grid[model, rank] for model in self._models(self._stages[name]) for rank in self._ranks()]
+
+    def _models(self, stage: int) -> range:
+        return range(stage * self.tensor_parallel_size, (stage + 1) * self.tensor_parallel_size)
+
+    def _ranks(self) -> range:
+        return range(self._data_parallel_size)
+
+    def _open(self, stage: int) -> list[list[_Partition]]:
         """Open a stage: partitions by tensor-parallel rank and data-parallel rank."""
-        if self._opened is not None and self._opened[0] == stage and self._opened[1] >= check:
-            return self._opened[2]
+        if self._opened is not None and self._opened[0] == stage:
+            return self._opened[1]
         self._opened = None
-        models = [stage * self.tensor_parallel_size + rank for rank in range(self.tensor_parallel_size)]
-        opened = [
-            [_Partition(self._grid[model, rank], check=check) for rank in range(self._data_parallel_size)]
-            for model in models
-        ]
-        self._opened = (stage, check, opened)
+        opened = [[_Partition(self._grid[model, rank]) for rank in self._ranks()] for model in self._models(stage)]
+        self._opened = (stage, opened)
         return opened
 
     def _check_grid(self) -> None:
@@ -94,9 +100,9 @@ class ZeroFiles(SliceSource):
 class _Partition:
     """One rank's flat fp32 weights and where each parameter lies in them."""
 
-    def __init__(self, path: Path, *, check: bool) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        value = open_torch_file(path, check=check)
+        value = open_torch_file(path, check=False)
         state = value.get("optimizer_state_dict") if isinstance(value, dict) else None
         mappings = state.get("param_slice_mappings") if isinstance(state, dict) else None
         groups = state.get("single_partition_of_fp32_groups") if isinstance(state, dict) else None

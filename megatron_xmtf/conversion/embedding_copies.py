@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_xmtf.checkpoint.streamed_write import row_ranges
+from megatron_xmtf.checkpoint.row_ranges import row_ranges
 from megatron_xmtf.conversion.huggingface_model import HuggingFaceModel, has_weights, read_config
 from megatron_xmtf.conversion.mapping import FamilyMapping, MatchedParameter
 from megatron_xmtf.conversion.t5_mapping import EMBEDDING_NAMES, HEAD_NAME

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from megatron_xmtf.checkpoint.reader import CheckpointReader
-from megatron_xmtf.checkpoint.streamed_write import CHUNK_BYTES
+from megatron_xmtf.checkpoint.row_ranges import CHUNK_BYTES
 from megatron_xmtf.conversion.checkpoint_parts import processes_for
 from megatron_xmtf.conversion.huggingface import convert_part
 from megatron_xmtf.conversion.mapping import MatchedParameter

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,7 +18,8 @@ from megatron_xmtf.conversion.embedding_copies import check_copies, model_archit
 from megatron_xmtf.conversion.families import mapping_of
 from megatron_xmtf.conversion.huggingface_model import HuggingFaceModel, check_side_files, copy_side_files, dtype_name
 from megatron_xmtf.conversion.mapping import MatchedParameter, check_shapes, match_names
-from megatron_xmtf.conversion.tensor_source import matched_tensor
+from megatron_xmtf.conversion.tensor_source import TensorSource, matched_tensor
+from megatron_xmtf.conversion.torch_file import check_bytes
 from megatron_xmtf.errors import CheckpointError, NonFiniteError
 
 __all__ = ["HuggingFaceSource", "ImportedModel", "convert_part", "import_huggingface", "match_model"]
@@ -48,7 +48,7 @@ def import_huggingface(
 ) -> ImportedModel:
     """Turn a Hugging Face model into a checkpoint of step 0.
 
-    Memory: a few times `streamed_write.CHUNK_BYTES` in each process, whatever the size of the model.
+    Memory: a few times `row_ranges.CHUNK_BYTES` in each process, whatever the size of the model.
 
     Args:    dtype: type to store; None keeps each tensor's own. workers, restart: as in `write_checkpoint`.
     Raises:  CheckpointError: unknown architecture; tensors missing, unexpected, of another shape; parts of one tensor
@@ -60,25 +60,23 @@ def import_huggingface(
     open_source = partial(HuggingFaceSource, Path(directory), dtype)
     with open_source() as source:
         match_model(source.model)
-        source.model.check_bytes()
         check_side_files(source.model.directory)
-        stored = {dtype_name(tensor.dtype) for tensor in source.tensors}
-        name = stored.pop() if len(stored) == 1 else "mixed"
         total = sum(tensor.nbytes for tensor in source.model.tensors.values())
-        write_checkpoint(
+        written = write_checkpoint(
             output,
+            source,
             open_source,
-            describe=CheckpointDescription(source.architecture.to_mapping(), name),
+            describe=CheckpointDescription(source.architecture.to_mapping()),
             add_files=lambda path: copy_side_files(source.model.directory, path / "hf"),
             settings={"dtype": str(dtype)},
             workers=workers,
             restart=restart,
         )
         count = sum(torch.Size(parameter.shape).numel() for parameter in source.parameters.values())
-    return ImportedModel(output, len(source.parameters), count, total, name)
+    return ImportedModel(output, len(source.parameters), count, total, written.dtype)
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(TensorSource):
     """An opened Hugging Face model as the tensors of a checkpoint; a context manager."""
 
     def __init__(self, directory: Path, dtype: torch.dtype | None) -> None:
@@ -97,12 +95,21 @@ class HuggingFaceSource:
         """The files of weights."""
         return sorted({tensor.path for tensor in self.model.tensors.values()})
 
-    def __enter__(self) -> HuggingFaceSource:
-        self.model.__enter__()
-        return self
+    def files_to_check(self, name: str) -> list[Path]:
+        """Return the pickles that a parameter is in; safetensors files hold no checksums."""
+        return [
+            path
+            for path in (self.model.tensors[part].path for part in self.parameters[name].hf)
+            if self.model.has_checksums(path)
+        ]
 
-    def __exit__(self, *error: Any) -> None:
-        self.model.__exit__(*error)
+    def check(self, path: Path) -> None:
+        """Compare a pickle with its checksums, as `TensorSource.check`."""
+        check_bytes(path)
+
+    def close(self) -> None:
+        """Close the model."""
+        self.model.close()
 
     def read(self, name: str, rows: tuple[int, int]) -> torch.Tensor:
         """Return our rows [first, last) of a parameter, assembled out of the model's tensors.

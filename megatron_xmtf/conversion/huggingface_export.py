@@ -64,7 +64,7 @@ def export_huggingface(
 ) -> ExportedModel:
     """Write the weights of a checkpoint as `save_pretrained` would, with config, tokenizer files and a model card.
 
-    Memory: a few times `streamed_write.CHUNK_BYTES` in each process, whatever the size of the model and of the stored
+    Memory: a few times `row_ranges.CHUNK_BYTES` in each process, whatever the size of the model and of the stored
     chunks.
 
     Args:    checkpoint: one, or a run directory (its newest). dtype: type to write; None keeps each tensor's own.

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_xmtf.conversion.safetensors_file import check_header
-from megatron_xmtf.conversion.torch_file import check_bytes, is_archive, open_torch_file
+from megatron_xmtf.conversion.torch_file import is_archive, open_torch_file
 from megatron_xmtf.errors import CheckpointError, ConfigError, CorruptCheckpointError, MissingError
 from megatron_xmtf.files import read_json, require_directory, require_file, safe_child
 
@@ -90,6 +90,10 @@ class HuggingFaceModel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files."""
         self._open = None
         self._pickled.clear()
 
@@ -111,14 +115,9 @@ class HuggingFaceModel:
             raise CorruptCheckpointError(f"{tensor.path}: {name} cannot be read: {error}.") from error
         return result
 
-    def check_bytes(self) -> None:
-        """Compare pickled weights with their checksums; reads them once. safetensors files have none.
-
-        Raises:  CorruptCheckpointError: names file and tensor.
-        """
-        for path in self._pickled:
-            if is_archive(path):
-                check_bytes(path)
+    def has_checksums(self, path: Path) -> bool:
+        """Whether a file of weights holds checksums: a pickle in an archive does, a safetensors file does not."""
+        return path in self._pickled and is_archive(path)
 
     def _find_listing(self) -> Path:
         for stem in ("model.safetensors", "pytorch_model.bin"):
@@ -248,7 +247,7 @@ def _open_safetensors(path: Path) -> Any:
 
 
 def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
-    """Load a .bin through torch's restricted loader, memory-mapped; its checksums are compared by `check_bytes`."""
+    """Load a .bin through torch's restricted loader, memory-mapped; `check_bytes` compares its checksums."""
     value = open_torch_file(path, check=False, legacy=True)
     if not isinstance(value, dict) or not all(isinstance(item, torch.Tensor) for item in value.values()):
         raise CheckpointError(f"{path} is not a flat dictionary of tensors.")

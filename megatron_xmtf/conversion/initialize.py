@@ -18,20 +18,22 @@ Source:  Devlin et al. 2018 (BERT, appendix A.2); Radford et al. 2019 (GPT-2); `
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from megatron_xmtf.checkpoint.manifest import checkpoint_directory
-from megatron_xmtf.checkpoint.streamed_write import StreamedWriter, row_ranges
+from megatron_xmtf.checkpoint.row_ranges import row_ranges
+from megatron_xmtf.conversion.checkpoint_parts import CheckpointDescription, write_checkpoint
 from megatron_xmtf.conversion.families import mapping_of
-from megatron_xmtf.conversion.huggingface_model import copy_side_files
+from megatron_xmtf.conversion.huggingface_model import check_side_files, copy_side_files
 from megatron_xmtf.conversion.mapping import MatchedParameter, expand_rows
+from megatron_xmtf.conversion.tensor_source import SourceTensor, TensorSource
 from megatron_xmtf.files import write_json
 from megatron_xmtf.models.alexatm_config import alexatm_to_hf
 from megatron_xmtf.models.encoder_decoder_architecture import EncoderDecoderArchitecture
-from megatron_xmtf.progress import Progress
 
 __all__ = ["INITIAL_STD", "initial_std", "initialize_checkpoint"]
 
@@ -45,39 +47,59 @@ def initialize_checkpoint(
 ) -> None:
     """Write a checkpoint of step 0 with random fp32 weights.
 
-    Memory: one block of `BLOCK_NUMBERS`, whatever the size of the model.
+    Memory: a block of `BLOCK_NUMBERS` in each process, whatever the size of the model.
 
     Args:    tokenizer: directory whose tokenizer files go along, as those of an import do.
     Raises:  CheckpointError: the architecture has no Hugging Face form. ConfigError: `output` exists. On any error
              nothing is left at `output`.
     """
     config = alexatm_to_hf(architecture)
-    parameters = expand_rows(mapping_of(architecture))
-    total = sum(torch.Size(parameter.padded_shape).numel() for parameter in parameters)
-    with checkpoint_directory(
-        output,
-        step=0,
-        architecture=architecture.to_mapping(),
-        dtype="float32",
-        config=None,
-        consumed_rows=0,
-        contents=["model"],
-    ) as temporary:
-        with (
-            Progress("initialise", total=round(total / 1e6), unit="M numbers") as progress,
-            StreamedWriter(temporary) as writer,
-        ):
-            written = 0
-            for parameter in parameters:
-                _write_tensor(parameter, writer, std=initial_std(parameter.ours, architecture), seed=seed)
-                count = torch.Size(parameter.padded_shape).numel()
-                progress.advance(round((written + count) / 1e6) - round(written / 1e6))
-                written += count
-            writer.finish()
-        copy_side_files(Path(tokenizer), temporary / "hf")
+    check_side_files(Path(tokenizer))
+
+    def add_files(directory: Path) -> None:
+        copy_side_files(Path(tokenizer), directory / "hf")
         # What stands beside a tokenizer may be another model's.
-        (temporary / "hf" / "generation_config.json").unlink(missing_ok=True)
-        write_json(temporary / "hf" / "config.json", {**config, "dtype": "float32"})
+        (directory / "hf" / "generation_config.json").unlink(missing_ok=True)
+        write_json(directory / "hf" / "config.json", {**config, "dtype": "float32"})
+
+    open_source = partial(InitialSource, architecture, seed)
+    with open_source() as source:
+        write_checkpoint(
+            output,
+            source,
+            open_source,
+            describe=CheckpointDescription(architecture.to_mapping()),
+            add_files=add_files,
+            settings={"architecture": architecture.to_mapping(), "seed": seed},
+            what="initialise",
+        )
+
+
+class InitialSource(TensorSource):
+    """Random weights as the tensors of a checkpoint."""
+
+    def __init__(self, architecture: EncoderDecoderArchitecture, seed: int) -> None:
+        self._architecture, self._seed = architecture, seed
+        self._parameters = {parameter.ours: parameter for parameter in expand_rows(mapping_of(architecture))}
+        self.tensors = [
+            SourceTensor(name, parameter.padded_shape, torch.float32, tuple(_blocks(parameter)))
+            for name, parameter in self._parameters.items()
+        ]
+
+    @property
+    def files(self) -> list[Path]:
+        """None: all follows from the architecture and the seed."""
+        return []
+
+    def read(self, name: str, rows: tuple[int, int]) -> torch.Tensor:
+        """Return a block of a tensor, padded rows zero."""
+        parameter, (first, last) = self._parameters[name], rows
+        std = initial_std(name, self._architecture)
+        part = torch.full((last - first, *parameter.shape[1:]), 1.0 if "layernorm.weight" in name else 0.0)
+        if std:
+            part.copy_(torch.from_numpy(_draw(part.shape, f"{self._seed} {name} {first}")) * std)
+        part[max(0, parameter.shape[0] - first) :] = 0.0
+        return part
 
 
 def initial_std(name: str, architecture: EncoderDecoderArchitecture) -> float:
@@ -91,17 +113,10 @@ def initial_std(name: str, architecture: EncoderDecoderArchitecture) -> float:
     return INITIAL_STD
 
 
-def _write_tensor(parameter: MatchedParameter, writer: StreamedWriter, *, std: float, seed: int) -> None:
-    columns = parameter.shape[1:]
-    row_numbers = max(1, torch.Size(columns).numel())
-    rest = (0,) * len(columns)
-    rows = parameter.shape[0]
-    for first, last in row_ranges(parameter.padded_shape[0], row_numbers, chunk_bytes=BLOCK_NUMBERS):
-        part = torch.full((last - first, *columns), 1.0 if "layernorm.weight" in parameter.ours else 0.0)
-        if std:
-            part.copy_(torch.from_numpy(_draw(part.shape, f"{seed} {parameter.ours} {first}")) * std)
-        part[max(0, rows - first) :] = 0.0
-        writer.write(parameter.ours, part, offsets=(first, *rest), shape=parameter.padded_shape)
+def _blocks(parameter: MatchedParameter) -> Iterator[tuple[int, int]]:
+    """Cut a tensor into the rows that a generator draws each."""
+    row_numbers = max(1, torch.Size(parameter.shape[1:]).numel())
+    return row_ranges(parameter.padded_shape[0], row_numbers, chunk_bytes=BLOCK_NUMBERS)
 
 
 def _draw(shape: tuple[int, ...], key: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

@@ -26,7 +26,7 @@ from typing import Literal
 
 import torch
 
-from megatron_xmtf.checkpoint.streamed_write import row_ranges
+from megatron_xmtf.checkpoint.row_ranges import row_ranges
 from megatron_xmtf.errors import CheckpointError
 
 __all__ = ["FamilyMapping", "MatchedParameter", "ParameterRow", "Section", "Split", "check_shapes", "match_names"]

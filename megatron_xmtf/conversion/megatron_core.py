@@ -17,22 +17,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from megatron_xmtf.checkpoint.manifest import checkpoint_directory
 from megatron_xmtf.checkpoint.reader import CheckpointReader
-from megatron_xmtf.checkpoint.streamed_write import CHUNK_BYTES, StreamedWriter, row_ranges
+from megatron_xmtf.checkpoint.safe_read import METADATA_NAME
 from megatron_xmtf.conversion.bloom_mapping import bloom_mapping
-from megatron_xmtf.conversion.deepspeed import given_config, write_side_files
+from megatron_xmtf.conversion.checkpoint_parts import CheckpointDescription, write_checkpoint
+from megatron_xmtf.conversion.deepspeed import check_side_sources, given_config, write_side_files
 from megatron_xmtf.conversion.huggingface import convert_part
 from megatron_xmtf.conversion.huggingface_model import DTYPES, dtype_name
 from megatron_xmtf.conversion.mapping import MatchedParameter, expand_rows
 from megatron_xmtf.conversion.megatron_core_settings import find_torch_dist, read_megatron_settings
+from megatron_xmtf.conversion.tensor_source import TensorSource, common_dtype, matched_tensor
 from megatron_xmtf.errors import CheckpointError, ConfigError
 from megatron_xmtf.models.bloom_architecture import BloomArchitecture, bloom_from_hf
-from megatron_xmtf.progress import Progress
 
 __all__ = ["ImportedMegatron", "import_megatron"]
 
@@ -79,57 +80,113 @@ def import_megatron(
     tokenizer: Path | str | None = None,
     vocab_size: int | None = None,
     dtype: torch.dtype | None = None,
+    workers: int | None = None,
+    restart: bool = False,
 ) -> ImportedMegatron:
     """Turn a torch_dist checkpoint of Megatron-LM or Megatron-Core that holds a BLOOM into a checkpoint of step 0.
 
-    Memory: a chunk of `streamed_write.CHUNK_BYTES`, or the largest tensor of one layer as it is stored.
+    Memory: a few times `row_ranges.CHUNK_BYTES` in each process.
 
     Args:    directory: with `.metadata`, or the one above with latest_checkpointed_iteration.txt. config: a BLOOM's
              config.json or a directory with it; None: by the settings in common.pt. tokenizer: directory whose
              tokenizer files go along. vocab_size: rows of the embedding to keep; None: as `config` says, or all.
-             dtype: type to store; None keeps the checkpoint's.
+             dtype: type to store; None keeps the checkpoint's. workers, restart: as in `write_checkpoint`.
     Raises:  MissingError, CheckpointError, CorruptCheckpointError: not there, another model, not whole or not harmless.
              NonFiniteError: NaN or Inf. ConfigError: `output` exists. On any error nothing is left there.
     """
     output, found = Path(output), find_torch_dist(directory)
     values, iteration = (given_config(Path(config)), None) if config is not None else read_megatron_settings(found)
     with CheckpointReader(found) as reader:
-        weights = [name for name in reader.tensors if not name.startswith(NO_WEIGHTS)]
-        prefix = next((prefix for prefix in PREFIXES if prefix + EMBEDDING in weights), None)
-        if prefix is None:
-            raise CheckpointError(f"{found} holds no {EMBEDDING}; it is no decoder of Megatron-Core.")
-        stored_rows = reader.tensors[prefix + EMBEDDING].shape[0]
-        values["vocab_size"] = vocab_size or values.get("vocab_size", stored_rows)
-        architecture = bloom_from_hf(values)
-        parameters = expand_rows(bloom_mapping(architecture))
-        places = _match(reader, weights, parameters, architecture, prefix=prefix)
-        types = {parameter.ours: dtype or reader.tensors[places[parameter.ours].key].dtype for parameter in parameters}
-        stored = {dtype_name(kept) for kept in types.values()}
-        stored_name = stored.pop() if len(stored) == 1 else "mixed"
-        total = sum(math.prod(parameter.shape) * types[parameter.ours].itemsize for parameter in parameters)
-        with checkpoint_directory(
+        rows = _stored_rows(reader)
+    values["vocab_size"] = vocab_size or values.get("vocab_size", rows)
+    architecture = bloom_from_hf(values)
+    open_source = partial(MegatronSource, found, architecture, dtype)
+    check_side_sources(config, tokenizer)
+    with open_source() as source:
+        parameters, stored = source.parameters, common_dtype(source.tensors)
+        total = sum(math.prod(parameter.shape) * source.types[parameter.ours].itemsize for parameter in parameters)
+        written = write_checkpoint(
             output,
-            step=0,
-            architecture=architecture.to_mapping(),
-            dtype=stored_name,
-            config=None,
-            consumed_rows=0,
-            contents=["model"],
-            origin={"format": "megatron-core torch_dist", "name": found.name, "iteration": iteration},
-        ) as temporary:
-            with (
-                Progress("import", total=round(total / 1e6), unit="MB") as progress,
-                StreamedWriter(temporary) as writer,
-            ):
-                for parameter in parameters:
-                    place, kept = places[parameter.ours], types[parameter.ours]
-                    _import_parameter(reader, place, parameter, writer, dtype=kept)
-                    progress.advance(round(math.prod(parameter.shape) * kept.itemsize / 1e6))
-                writer.finish()
-            write_side_files(temporary / "hf", values, stored_name, config=config, tokenizer=tokenizer)
+            source,
+            open_source,
+            describe=CheckpointDescription(
+                architecture.to_mapping(),
+                origin={"format": "megatron-core torch_dist", "name": found.name, "iteration": iteration},
+            ),
+            add_files=lambda path: write_side_files(path / "hf", values, stored, config=config, tokenizer=tokenizer),
+            settings={"dtype": str(dtype), "vocab_size": architecture.vocab_size},
+            workers=workers,
+            restart=restart,
+        )
     count = sum(math.prod(parameter.shape) for parameter in parameters)
-    dropped = max(0, stored_rows - architecture.vocab_size)
-    return ImportedMegatron(output, found, len(parameters), count, total, stored_name, iteration, dropped)
+    dropped = max(0, rows - architecture.vocab_size)
+    return ImportedMegatron(output, found, len(parameters), count, total, written.dtype, iteration, dropped)
+
+
+class MegatronSource(TensorSource):
+    """An opened torch_dist checkpoint of Megatron-Core as the tensors of ours.
+
+    Args:    dtype: type to store; None keeps the checkpoint's.
+    Raises:  CheckpointError: names what is missing, unexpected or misshaped.
+    """
+
+    def __init__(self, directory: Path, architecture: BloomArchitecture, dtype: torch.dtype | None) -> None:
+        self._reader = CheckpointReader(directory)
+        weights, prefix = _weights(self._reader)
+        self.parameters = expand_rows(bloom_mapping(architecture))
+        self._places = _match(self._reader, weights, self.parameters, architecture, prefix=prefix)
+        stored = {ours: self._reader.tensors[place.key].dtype for ours, place in self._places.items()}
+        self.types = {ours: dtype or kept for ours, kept in stored.items()}
+        """Our name -> type to store."""
+        self.tensors = [
+            matched_tensor(parameter, self.types[parameter.ours], read_as=stored[parameter.ours])
+            for parameter in self.parameters
+        ]
+        self._shapes = {parameter.ours: parameter.shape for parameter in self.parameters}
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of the checkpoint."""
+        directory = self._reader.directory
+        names = {place.relative_path for place in self._reader.metadata.storage_data.values()}
+        return [directory / name for name in (METADATA_NAME, *sorted(names))]
+
+    def close(self) -> None:
+        """Close the checkpoint."""
+        self._reader.close()
+
+    def read(self, name: str, rows: tuple[int, int]) -> torch.Tensor:
+        """Return our rows [first, last) of a parameter; of stacked layers those of its layer.
+
+        Raises:  NonFiniteError: NaN or Inf. CorruptCheckpointError: a chunk cannot be read.
+        """
+        place, shape, (first, last) = self._places[name], self._shapes[name], rows
+        if first >= shape[0]:
+            return torch.zeros((last - first, *shape[1:]), dtype=self.types[name])
+        if place.layer is None:
+            part = self._reader.read(place.key, rows=rows)
+        else:
+            stacked = torch.empty((1, last - first, *shape[1:]), dtype=self._reader.tensors[place.key].dtype)
+            self._reader.read_into(place.key, stacked, offsets=(place.layer, first, *(0 for _ in shape[1:])))
+            part = stacked[0]
+        return convert_part(part, dtype=self.types[name], name=f"{place.key} in {self._reader.directory}")
+
+
+def _weights(reader: CheckpointReader) -> tuple[list[str], str]:
+    """Return the names of the weights, and what stands before each.
+
+    Raises:  CheckpointError: there is no embedding.
+    """
+    weights = [name for name in reader.tensors if not name.startswith(NO_WEIGHTS)]
+    prefix = next((prefix for prefix in PREFIXES if prefix + EMBEDDING in weights), None)
+    if prefix is None:
+        raise CheckpointError(f"{reader.directory} holds no {EMBEDDING}; it is no decoder of Megatron-Core.")
+    return weights, prefix
+
+
+def _stored_rows(reader: CheckpointReader) -> int:
+    """Return the rows of the embedding, those of padding counted."""
+    return reader.tensors[_weights(reader)[1] + EMBEDDING].shape[0]
 
 
 def _match(
@@ -193,25 +250,3 @@ def _candidates(ours: str, prefix: str) -> list[_Place]:
             _Place(f"{prefix}decoder.layers.{name}", int(number)),
         )
     ]
-
-
-def _import_parameter(
-    reader: CheckpointReader,
-    place: _Place,
-    parameter: MatchedParameter,
-    writer: StreamedWriter,
-    *,
-    dtype: torch.dtype,
-) -> None:
-    rows, padded = parameter.shape[0], parameter.padded_shape[0]
-    rest = (0,) * (len(parameter.shape) - 1)
-    row_bytes = math.prod(parameter.shape[1:]) * max(dtype.itemsize, reader.tensors[place.key].dtype.itemsize)
-    # A stored chunk of stacked layers is one layer's: cut into rows it would be read once for every range of them.
-    whole = None if place.layer is None else reader.read(place.key, rows=(place.layer, place.layer + 1))[0]
-    for start, end in row_ranges(rows, row_bytes, chunk_bytes=CHUNK_BYTES):
-        part = reader.read(place.key, rows=(start, end)) if whole is None else whole[start:end]
-        part = convert_part(part, dtype=dtype, name=place.key)
-        writer.write(parameter.ours, part, offsets=(start, *rest), shape=parameter.padded_shape)
-    for start, end in row_ranges(padded - rows, row_bytes, chunk_bytes=CHUNK_BYTES):
-        zeros = torch.zeros((end - start, *parameter.shape[1:]), dtype=dtype)
-        writer.write(parameter.ours, zeros, offsets=(rows + start, *rest), shape=parameter.padded_shape)

@@ -13,7 +13,7 @@ Source:  transformers, models/bloom/convert_bloom_original_checkpoint_to_pytorch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -32,12 +32,8 @@ class Replicas:
     """Chooses values by a rule and remembers how far copies were apart."""
 
     rule: ReplicaRule = "average"
-    differing: int = 0
-    """Parameters whose copies differed."""
-    max_drift: float = 0.0
-    """Largest difference of a copy from rank 0's."""
-    worst: str | None = None
-    """Parameter and file of that difference."""
+    drifts: dict[str, float] = field(default_factory=dict)
+    """Parameter and file -> largest difference of a copy from rank 0's; of those whose copies differed."""
 
     def choose(self, copies: Sequence[torch.Tensor], *, name: str, file: Path) -> torch.Tensor:
         """Return one tensor for the copies of all ranks.
@@ -49,9 +45,8 @@ class Replicas:
         if all(torch.equal(first, copy) for copy in copies[1:]):
             return first
         drift = max(float((copy.double() - first.double()).abs().max()) for copy in copies[1:])
-        self.differing += 1
-        if self.worst is None or drift > self.max_drift:
-            self.max_drift, self.worst = drift, f"{name} in {file.name}"
+        place = f"{name} in {file.name}"
+        self.drifts[place] = max(drift, self.drifts.get(place, drift))
         if self.rule == "refuse":
             raise CheckpointError(
                 f"{file}: {name} differs between tensor-parallel ranks by up to {drift:.3g}, although every rank holds "

@@ -14,7 +14,7 @@ import torch
 
 from megatron_xmtf.checkpoint.manifest import open_manifest
 from megatron_xmtf.checkpoint.reader import CheckpointReader
-from megatron_xmtf.checkpoint.streamed_write import CHUNK_BYTES
+from megatron_xmtf.checkpoint.row_ranges import CHUNK_BYTES
 from megatron_xmtf.conversion.embedding_copies import model_architecture
 from megatron_xmtf.conversion.huggingface import match_model
 from megatron_xmtf.conversion.huggingface_export import match_checkpoint

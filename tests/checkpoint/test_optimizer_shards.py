@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from megatron_xmtf.checkpoint.optimizer_shards import StateBox, flat_boxes, read_boxes
 from megatron_xmtf.checkpoint.reader import CheckpointReader
-from megatron_xmtf.checkpoint.streamed_write import StreamedWriter
 from megatron_xmtf.errors import CorruptCheckpointError
 from megatron_xmtf.parallel.launch import run_ranks
 from megatron_xmtf.parallel.topology import initialize_parallel
 from tests.layouts import TP
+from tests.torch_dist_files import write_chunks
 
 SHAPES = st.lists(st.integers(1, 5), min_size=0, max_size=4)
 
@@ -52,10 +52,8 @@ def box(data: torch.Tensor, offsets: tuple[int, ...], key: str = "m") -> StateBo
 
 def test_a_box_is_read_out_of_chunks_that_lie_otherwise(tmp_path: Path) -> None:
     whole = torch.arange(24.0).view(6, 4)
-    with StreamedWriter(tmp_path) as writer:
-        for rows, columns in ((slice(0, 2), slice(0, 4)), (slice(2, 6), slice(0, 3)), (slice(2, 6), slice(3, 4))):
-            writer.write("m", whole[rows, columns], offsets=(rows.start, columns.start), shape=(6, 4))
-        writer.finish()
+    boxes = ((slice(0, 2), slice(0, 4)), (slice(2, 6), slice(0, 3)), (slice(2, 6), slice(3, 4)))
+    write_chunks(tmp_path, [("m", whole[one], (one[0].start, one[1].start), (6, 4)) for one in boxes])
     within, padded = torch.full((3, 3), -1.0), torch.full((3, 4), -1.0)
     with CheckpointReader(tmp_path) as reader:
         read_boxes(reader, [box(within, (1, 1)), box(padded, (5, 0))])

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_xmtf.checkpoint.manifest import checkpoint_directory, open_manifest, verify_hashes
+from megatron_xmtf.checkpoint.manifest import open_manifest, verify_hashes
 from megatron_xmtf.checkpoint.reader import CheckpointReader
 from megatron_xmtf.checkpoint.reading_direction import attends_prefix
-from megatron_xmtf.checkpoint.streamed_write import StreamedWriter
 from megatron_xmtf.cli import main
 from megatron_xmtf.conversion import average
 from megatron_xmtf.conversion.average import average_checkpoints
 from megatron_xmtf.errors import CheckpointError, ConfigError, CorruptCheckpointError, NonFiniteError
 from megatron_xmtf.files import sha256_file, write_json
 from megatron_xmtf.models.architecture import BloomArchitecture
+from tests.torch_dist_files import write_training_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 ARCHITECTURE = BloomArchitecture(hidden_size=16, num_layers=1, num_attention_heads=2, vocab_size=40)
@@ -36,15 +36,15 @@ def write(
     every = {**tensors, "optimizer.state.exp_avg.a.weight": torch.ones(37, 5), "rng.torch": torch.zeros(1, 1, 1, 8)}
     settings: dict[str, Any] = {"step": step, "architecture": architecture, "dtype": "float32"}
     settings["config"] = {"batch": {"prefix_lm": True}} if prefix_lm else None
-    with checkpoint_directory(path, **settings, consumed_rows=0, contents=["model", "optimizer", "rng"]) as temporary:
-        with StreamedWriter(temporary) as writer:
-            for name, tensor in every.items():
-                for start in range(0, len(tensor), chunk_rows):
-                    offsets = (start, *[0] * (tensor.dim() - 1))
-                    writer.write(name, tensor[start : start + chunk_rows], offsets=offsets, shape=tensor.shape)
-            writer.finish()
-        write_json(temporary / "hf" / "config.json", {"model_type": "bloom"})
-    return path
+    chunks = (
+        (name, tensor[start : start + chunk_rows], (start, *[0] * (tensor.dim() - 1)), tensor.shape)
+        for name, tensor in every.items()
+        for start in range(0, len(tensor), chunk_rows)
+    )
+    hf = path.with_name(f"{path.name} hf")
+    write_json(hf / "config.json", {"model_type": "bloom"})
+    contents = ["model", "optimizer", "rng"]
+    return write_training_checkpoint(path, chunks, hf=hf, **settings, consumed_rows=0, contents=contents)
 
 
 def read(path: Path) -> Tensors:

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from megatron_xmtf.checkpoint.manifest import open_manifest, verify_hashes
-from megatron_xmtf.conversion import deepspeed
+from megatron_xmtf.conversion import tensor_source
 from megatron_xmtf.conversion.deepspeed import import_deepspeed
 from megatron_xmtf.conversion.huggingface_export import export_huggingface
 from megatron_xmtf.errors import CheckpointError, ConfigError, CorruptCheckpointError, MissingError, NonFiniteError
@@ -54,7 +54,7 @@ def test_layer_files_keep_every_bit(
     files.write_layers(step, tensors, tp=tp)
     files.write_settings(step, tensors, tp=tp, pp=pp)
     (step.parent / "latest").write_text("global_step95000")
-    monkeypatch.setattr(deepspeed, "CHUNK_BYTES", 1500)  # chunks of a few rows, which do not end where slices do
+    monkeypatch.setattr(tensor_source, "CHUNK_BYTES", 1500)  # chunks of a few rows, which do not end where slices do
     done = import_deepspeed(step.parent, tmp_path / "checkpoint")
     assert (done.tensors, done.dtype, done.tensor_parallel_size, done.iteration) == (149, "bfloat16", tp, 95000)
     assert (done.read, done.differing_replicas, done.left_out) == ("layer files", 0, ())
@@ -84,7 +84,7 @@ def test_fp32_weights_of_the_optimizer(
     files.write_optimizer(step, tensors, tp=tp, pp=pp, dp=dp, prefix=prefix)
     stored = import_deepspeed(step, tmp_path / "stored")
     assert stored.dtype == "bfloat16" and stored.left_out == ("fp32 weights and moments of the optimizer",)
-    monkeypatch.setattr(deepspeed, "CHUNK_BYTES", 1500)
+    monkeypatch.setattr(tensor_source, "CHUNK_BYTES", 1500)
     done = import_deepspeed(step, tmp_path / "checkpoint", weights="fp32")
     assert (done.dtype, done.read, done.left_out) == ("float32", "zero files", ("moments of the optimizer",))
     assert same_bits(back_in_hf(tmp_path / "checkpoint"), tensors)

@@ -1,9 +1,8 @@
 """Hugging Face -> checkpoint -> Hugging Face keeps every bit; damaged models are `test_corruptions`."""
 
 import json
-import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +11,8 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_xmtf.checkpoint.manifest import checkpoint_directory, open_manifest, verify_hashes
+from megatron_xmtf.checkpoint.manifest import open_manifest, verify_hashes
 from megatron_xmtf.checkpoint.reader import CheckpointReader, check_safe
-from megatron_xmtf.checkpoint.streamed_write import StreamedWriter
 from megatron_xmtf.conversion import checkpoint_parts, huggingface_export, tensor_source
 from megatron_xmtf.conversion.huggingface import import_huggingface
 from megatron_xmtf.conversion.huggingface_export import export_huggingface
@@ -28,6 +26,7 @@ from megatron_xmtf.errors import (
     XmtfError,
 )
 from tests.tiny import tiny_bloom, write_tiny_tokenizer
+from tests.torch_dist_files import Chunk, write_training_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 IDS = torch.arange(4, 24)[None]
@@ -257,30 +256,30 @@ def test_a_training_checkpoint_is_exported_from_its_shards(model: Path, tmp_path
     import_huggingface(model, tmp_path / "checkpoint")
     hf_files, architecture = tmp_path / "checkpoint" / "hf", open_manifest(tmp_path / "checkpoint").architecture
     config = {"data": {"train": [{"prefix": "/secret/place/xp3_sw"}, {"prefix": "p", "name": "flores"}]}}
-    with (
-        CheckpointReader(tmp_path / "checkpoint") as reader,
-        checkpoint_directory(
-            tmp_path / "run" / "checkpoints" / "step_0000007",
-            step=7,
-            architecture=architecture,
-            dtype="float32",
-            config=config,
-            consumed_rows=56,
-            contents=["model", "optimizer", "rng"],
-        ) as directory,
-        StreamedWriter(directory) as writer,
-    ):
-        for name in reader.tensors:
-            whole = reader.read(name)
-            dim = 1 if "linear_proj.weight" in name or "linear_fc2.weight" in name else 0
-            for rank, part in enumerate(whole.chunk(2, dim=dim)):  # as two tensor-parallel ranks hold them
-                offsets = [0] * whole.dim()
-                offsets[dim] = rank * part.size(dim)
-                writer.write(name, part, offsets=offsets, shape=whole.shape)
-            writer.write(f"optimizer.state.exp_avg.{name}", whole, offsets=[0] * whole.dim(), shape=whole.shape)
-        writer.write("rng.torch", torch.zeros(1, 1, 16), offsets=(0, 0, 0), shape=(1, 1, 16))
-        writer.finish()
-        shutil.copytree(hf_files, directory / "hf")
+
+    def chunks() -> Iterator[Chunk]:
+        with CheckpointReader(tmp_path / "checkpoint") as reader:
+            for name in reader.tensors:
+                whole = reader.read(name)
+                dim = 1 if "linear_proj.weight" in name or "linear_fc2.weight" in name else 0
+                for rank, part in enumerate(whole.chunk(2, dim=dim)):  # as two tensor-parallel ranks hold them
+                    offsets = [0] * whole.dim()
+                    offsets[dim] = rank * part.size(dim)
+                    yield name, part, offsets, whole.shape
+                yield f"optimizer.state.exp_avg.{name}", whole, [0] * whole.dim(), whole.shape
+        yield "rng.torch", torch.zeros(1, 1, 16), (0, 0, 0), (1, 1, 16)
+
+    write_training_checkpoint(
+        tmp_path / "run" / "checkpoints" / "step_0000007",
+        chunks(),
+        hf=hf_files,
+        step=7,
+        architecture=architecture,
+        dtype="float32",
+        config=config,
+        consumed_rows=56,
+        contents=["model", "optimizer", "rng"],
+    )
     done = export_huggingface(tmp_path / "run", tmp_path / "exported")
     assert (done.step, done.tensors) == (7, 29)
     assert same_bits(read_tensors(tmp_path / "exported"), read_tensors(model))

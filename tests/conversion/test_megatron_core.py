@@ -15,7 +15,7 @@ import torch
 from megatron_xmtf.checkpoint.sharded import load_model_weights
 from megatron_xmtf.cli import main
 from megatron_xmtf.config import ParallelConfig
-from megatron_xmtf.conversion import megatron_core
+from megatron_xmtf.conversion import tensor_source
 from megatron_xmtf.conversion.huggingface import import_huggingface
 from megatron_xmtf.conversion.huggingface_export import export_huggingface
 from megatron_xmtf.conversion.megatron_core import import_megatron
@@ -113,7 +113,7 @@ def test_every_spelling_keeps_every_bit(
 ) -> None:
     source = save(model, tmp_path / "run" / "iter_0000070", tp=tp, pp=pp, stacked=stacked, fused=fused)
     (source.parent / "latest_checkpointed_iteration.txt").write_text("70")
-    monkeypatch.setattr(megatron_core, "CHUNK_BYTES", 900)
+    monkeypatch.setattr(tensor_source, "CHUNK_BYTES", 900)
     done = import_megatron(source.parent, tmp_path / "checkpoint", vocab_size=300, tokenizer=model / "hf")
     # Megatron's table has 384 rows, 84 of them padding: it does not say how many words there are.
     assert (done.iteration, done.tensors, done.dropped_vocabulary_rows) == (70, 53, 84)

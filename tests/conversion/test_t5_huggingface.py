@@ -1,7 +1,7 @@
 """mT5, T5 v1.1 and T5 1.0: fused tensors are what a hand-made fusion gives, and come back bit by bit."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -10,9 +10,8 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from megatron_xmtf.checkpoint.manifest import checkpoint_directory, open_manifest, verify_hashes
+from megatron_xmtf.checkpoint.manifest import open_manifest, verify_hashes
 from megatron_xmtf.checkpoint.reader import CheckpointReader, check_safe
-from megatron_xmtf.checkpoint.streamed_write import StreamedWriter
 from megatron_xmtf.conversion import checkpoint_parts, huggingface_export, tensor_source
 from megatron_xmtf.conversion.embedding_copies import directory_architecture
 from megatron_xmtf.conversion.huggingface import import_huggingface
@@ -22,6 +21,7 @@ from megatron_xmtf.conversion.verify import compare_weights
 from megatron_xmtf.errors import CheckpointError, CorruptCheckpointError, NonFiniteError, XmtfError
 from tests.conversion.test_huggingface import Tensors, edit_config, read_tensors, refuse, rewrite, same_bits
 from tests.tiny import T5_SPECIAL, tiny_mt5, tiny_t5, write_tiny_mt5, write_tiny_t5, write_tiny_tokenizer
+from tests.torch_dist_files import Chunk, write_training_checkpoint
 
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "mt5": tiny_mt5,
@@ -180,32 +180,29 @@ def test_a_sharded_training_checkpoint_is_exported(model: Path, tmp_path: Path) 
     """Chunks as two tensor-parallel ranks hold them; of the gated layer each rank has a part of both halves."""
     import_huggingface(model, tmp_path / "checkpoint")
     architecture = open_manifest(tmp_path / "checkpoint").architecture
-    with (
-        CheckpointReader(tmp_path / "checkpoint") as reader,
-        checkpoint_directory(
-            tmp_path / "run" / "checkpoints" / "step_0000007",
-            step=7,
-            architecture=architecture,
-            dtype="float32",
-            config=None,
-            consumed_rows=56,
-            contents=["model", "optimizer", "rng"],
-        ) as directory,
-        StreamedWriter(directory) as writer,
-    ):
-        for name in reader.tensors:
-            whole = reader.read(name)
-            dim = 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight", "bias.weight")) else 0
-            parts = 4 if "linear_fc1" in name else 2
-            for number, part in enumerate(whole.chunk(parts, dim=dim)):
-                offsets = [0] * whole.dim()
-                offsets[dim] = number * part.size(dim)
-                writer.write(name, part, offsets=offsets, shape=whole.shape)
-            writer.write(f"optimizer.state.exp_avg.{name}", whole, offsets=[0] * whole.dim(), shape=whole.shape)
-        writer.finish()
-        (directory / "hf").mkdir()
-        for path in (tmp_path / "checkpoint" / "hf").iterdir():
-            (directory / "hf" / path.name).write_bytes(path.read_bytes())
+
+    def chunks() -> Iterator[Chunk]:
+        with CheckpointReader(tmp_path / "checkpoint") as reader:
+            for name in reader.tensors:
+                whole = reader.read(name)
+                dim = 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight", "bias.weight")) else 0
+                for number, part in enumerate(whole.chunk(4 if "linear_fc1" in name else 2, dim=dim)):
+                    offsets = [0] * whole.dim()
+                    offsets[dim] = number * part.size(dim)
+                    yield name, part, offsets, whole.shape
+                yield f"optimizer.state.exp_avg.{name}", whole, [0] * whole.dim(), whole.shape
+
+    write_training_checkpoint(
+        tmp_path / "run" / "checkpoints" / "step_0000007",
+        chunks(),
+        hf=tmp_path / "checkpoint" / "hf",
+        step=7,
+        architecture=architecture,
+        dtype="float32",
+        config=None,
+        consumed_rows=56,
+        contents=["model", "optimizer", "rng"],
+    )
     assert export_huggingface(tmp_path / "run", tmp_path / "exported").step == 7
     assert same_bits(read_tensors(tmp_path / "exported"), read_tensors(model))
 
