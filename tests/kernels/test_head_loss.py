@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_xmtf.config import ParallelConfig
-from megatron_xmtf.kernels.head_loss import VocabularyShard, head_loss, reference
+from megatron_xmtf.kernels.head_loss import VocabularyShard, chunked, head_loss, reference
 from megatron_xmtf.parallel.launch import run_ranks
 from megatron_xmtf.parallel.topology import initialize_parallel
 
@@ -120,11 +120,11 @@ def test_without_positions_gradients_are_zeros() -> None:
 
 
 class Watch(TorchDispatchMode):
-    """Notes the largest tensor that any operation returns, and whether one waits for the device."""
+    """Notes the largest tensor that any operation returns, of fp32 too, and whether one waits for the device."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest, self.waits = 0, False
+        self.largest, self.largest_fp32, self.waits = 0, 0, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -132,6 +132,8 @@ class Watch(TorchDispatchMode):
         for value in result if isinstance(result, tuple | list) else [result]:
             if isinstance(value, Tensor):
                 self.largest = max(self.largest, value.numel())
+                if value.dtype == torch.float32:
+                    self.largest_fp32 = max(self.largest_fp32, value.numel())
         return result
 
 
@@ -139,7 +141,7 @@ def test_no_more_logits_are_held_than_allowed_and_nothing_waits() -> None:
     hidden, weight, labels, of_losses = problem(500)
     shard = VocabularyShard(first=0, count=WORDS)
     allowed = 40 * WORDS
-    with Watch() as chunked:
+    with Watch() as ours:
         losses_and_gradients(
             lambda hidden, weight: head_loss(hidden, weight, labels, shard=shard, logits_at_once=allowed),
             hidden,
@@ -149,7 +151,24 @@ def test_no_more_logits_are_held_than_allowed_and_nothing_waits() -> None:
     with Watch() as whole:
         plain(hidden, weight, labels, of_losses)
     assert whole.largest == 500 * WORDS
-    assert chunked.largest == 500 * HIDDEN > allowed and not chunked.waits
+    assert ours.largest == 500 * HIDDEN > allowed and not ours.waits
+
+
+def test_half_precision_holds_neither_the_weight_s_gradient_nor_a_chunk_in_fp32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hidden, weight, labels, of_losses = problem(8, torch.bfloat16)
+    monkeypatch.setattr(chunked, "WIDE_AT_ONCE", 2 * WORDS)
+    with Watch() as watch:
+        losses_and_gradients(
+            lambda hidden, weight: head_loss(
+                hidden, weight, labels, shard=VocabularyShard(first=0, count=WORDS), logits_at_once=4 * WORDS
+            ),
+            hidden,
+            weight,
+            of_losses,
+        )
+    assert watch.largest == PADDED * HIDDEN and watch.largest_fp32 == 2 * WORDS
 
 
 def test_a_second_backward_pass_is_an_error_not_another_gradient() -> None:

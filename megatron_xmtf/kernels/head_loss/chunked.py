@@ -1,27 +1,29 @@
-"""The language-model head and its loss over a vocabulary split over ranks, a few positions at a time.
-
-    positions        0 1 2 | 3 4 5 | 6          chunks of as many as `logits_at_once` allows
-    forward          logits of a chunk -> of each position: largest, sum of exp, that of the label; then dropped
-    over the ranks   one maximum and one sum of [n] numbers, whatever the number of chunks
-    backward         logits of a chunk again -> softmax - onehot(label) -> gradients of hidden and weight
-
-Where all positions are one chunk its exponentials are kept instead, and nothing is computed twice. So at most
-`logits_at_once` logits are ever held, for any number of positions; the price beyond one chunk is a third matrix product
-more (8 n h v floating-point operations instead of 6 n h v).
+"""The language-model head and its loss over a vocabulary split over ranks, in bounded memory.
 
     n positions, h hidden_size, v words of this rank (padded ones are left out of every product)
 
-Nothing waits for the device, and without positions no rank communicates: those of a tensor-parallel group see the same
-batch, so all of them have none.
+    forward         a few positions, all words   logits -> of each position: largest, sum of exp, that of the label
+    over the ranks  one maximum and one sum of [n] numbers, whatever the number of chunks
+    backward        all positions, a few words   logits again -> (softmax - onehot(label)) * gradient of the loss
+                                                 -> these words' rows of the weight's gradient, whole;
+                                                    their part of hidden's, added up in fp32
 
-Source:  losses and gradients as Megatron-Core's `vocab_parallel_cross_entropy`; chunks that are computed again, Wijmans
+So each number of the weight's gradient, the largest result by far, is written once, and what is added up over chunks is
+[n, h]. Where all logits may be held at once they are kept, and nothing is computed twice. So at most `logits_at_once`
+logits are ever held, in the precision of hidden, for any number of positions; the price beyond that is a third matrix
+product more (8 n h v floating-point operations instead of 6 n h v).
+
+What is done to logits is `TORCH` here, and in `fused.py` two Triton kernels. Nothing waits for the device, and without
+positions no rank communicates: those of a tensor-parallel group see the same batch, so all of them have none.
+
+Source:  losses and gradients as Megatron-Core's `vocab_parallel_cross_entropy`; logits that are computed again, Wijmans
          et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", section 4.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +31,15 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-__all__ = ["LOGITS_AT_ONCE", "VocabularyShard", "chunks_of", "head_loss", "join_ranks"]
+__all__ = ["LOGITS_AT_ONCE", "LogitOperations", "VocabularyShard", "apply_head_loss", "head_loss"]
 
 LOGITS_AT_ONCE = {"cpu": 1 << 26, "cuda": 1 << 28}
-"""Logits that are held at once, by device: 256 MiB and 1 GiB in fp32. On a GPU a chunk must be wide enough that adding
-up the weight's gradient, [v, h] a chunk, stays small beside the products."""
+"""Logits that are held at once, by device: in bf16 128 MiB and 512 MiB. On a GPU a chunk must be wide enough for the
+matrix products to fill the device."""
+WIDE_AT_ONCE = 1 << 24
+"""Logits that `TORCH` holds in fp32 beside them: 64 MiB."""
+ALIGNED_WORDS = 256
+"""Words of a chunk are a multiple of this, so that rows of logits begin where tensor cores want them."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,19 @@ class VocabularyShard:
     """Whether the gradient of hidden is summed over the ranks here; False where the caller does it."""
 
 
+@dataclass(frozen=True)
+class LogitOperations:
+    """What is done to logits [c, w], which are in the precision of hidden, between the matrix products.
+
+    columns: int64 [c], the place of each position's label among these words, outside of [0, w) if it is not there.
+    """
+
+    statistics: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    """logits, columns -> largest, sum of exp(logit - largest), that of the label or 0: fp32 [c] each."""
+    turn_into_gradient: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    """logits, columns, log of the sum of exp over all words, gradient of the losses: logits become their gradient."""
+
+
 def head_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, shard: VocabularyShard, logits_at_once: int | None = None
 ) -> Tensor:
@@ -58,8 +77,21 @@ def head_loss(
     Args:    hidden: [n, h], the same on every rank of the group. weight: [vocab / tp, h], this rank's rows.
              labels: int64 [n], ids of the whole vocabulary. logits_at_once: bound of memory, by default by device.
     """
+    return apply_head_loss(hidden, weight, labels, shard=shard, logits_at_once=logits_at_once, operations=TORCH)
+
+
+def apply_head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    shard: VocabularyShard,
+    logits_at_once: int | None,
+    operations: LogitOperations,
+) -> Tensor:
+    """Return what `head_loss` does, with the given operations on logits."""
     limit = logits_at_once or LOGITS_AT_ONCE.get(hidden.device.type, LOGITS_AT_ONCE["cuda"])
-    losses: Tensor = _HeadLoss.apply(hidden, weight, labels, shard, max(1, limit // max(shard.count, 1)))
+    losses: Tensor = _HeadLoss.apply(hidden, weight, labels, shard, limit, operations)
     return losses
 
 
@@ -68,64 +100,59 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard, chunk_size: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        shard: VocabularyShard,
+        limit: int,
+        operations: LogitOperations,
     ) -> Tensor:
+        # Rows that only pad the vocabulary belong to nobody; a label there would be another rank's.
         columns = labels - shard.first
-        is_own = (columns >= 0) & (columns < shard.count)
-        columns = columns.clamp(0, max(shard.count - 1, 0))
-        # Of this rank's words, fp32 [n]: the largest logit, the sum of exp(logit - largest), the label's logit or 0.
+        columns = columns.masked_fill(columns >= shard.count, -1)
+        words = weight[: shard.count]
         largest = torch.full(labels.shape, -math.inf, dtype=torch.float32, device=hidden.device)
         sums, of_label = torch.zeros_like(largest), torch.zeros_like(largest)
         kept = None
-        for chunk in chunks_of(len(hidden), chunk_size, shard):
+        for chunk in _cut(len(hidden) if shard.count else 0, limit // max(shard.count, 1)):
             kept = None  # the last chunk's memory is free before the next one's is taken
-            logits = _logits(hidden[chunk], weight, shard)
-            of_label[chunk] = logits.gather(1, columns[chunk, None]).squeeze(1)
-            largest[chunk] = logits.amax(dim=1)
-            kept = logits.sub_(largest[chunk, None]).exp_()
-            sums[chunk] = kept.sum(dim=1)
-            del logits
-        if len(hidden) > chunk_size:
+            kept = hidden[chunk] @ words.t()
+            largest[chunk], sums[chunk], of_label[chunk] = operations.statistics(kept, columns[chunk])
+        if kept is not None and len(kept) < len(hidden):
             kept = None
-        of_label.mul_(is_own)
-        own_largest = largest
         largest, sums, of_label = join_ranks(largest, sums, of_label, shard)
         log_sums = sums.log()
-        # What is left to subtract of the logits, or of those kept, before exp gives the softmax.
-        shift = largest + log_sums if kept is None else (largest - own_largest) + log_sums
-        ctx.save_for_backward(hidden, weight, columns, is_own, shift, kept)
-        ctx.shard, ctx.chunk_size = shard, chunk_size
+        ctx.save_for_backward(hidden, weight, columns, largest + log_sums, kept)
+        ctx.shard, ctx.limit, ctx.operations = shard, limit, operations
         return log_sums - (of_label - largest)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, columns, is_own, shift, kept = ctx.saved_tensors
-        shard, (of_losses,) = ctx.shard, gradients
-        words = weight[: shard.count]
-        of_hidden = torch.zeros_like(hidden)
+        hidden, weight, columns, log_sums, kept = ctx.saved_tensors
+        shard, of_losses = ctx.shard, gradients[0].contiguous()
+        if not len(hidden):
+            return torch.zeros_like(hidden), torch.zeros_like(weight), None, None, None, None
+        at_once = shard.count if kept is not None else ctx.limit // len(hidden)
+        chunks = list(_cut(shard.count, at_once, multiple=ALIGNED_WORDS))
         # In fp32 where chunks are added up: half precision would round after each.
-        several = len(hidden) > ctx.chunk_size
-        of_weight = torch.zeros_like(weight, dtype=torch.float32 if several else None)
-        of_label = torch.where(is_own, -of_losses, 0.0)
-        for chunk in chunks_of(len(hidden), ctx.chunk_size, shard):
-            if kept is None:
-                softmax = _logits(hidden[chunk], weight, shard).sub_(shift[chunk, None]).exp_()
-                softmax.mul_(of_losses[chunk, None])
+        of_hidden = torch.zeros_like(hidden, dtype=torch.float32 if len(chunks) > 1 else None)
+        of_weight = torch.empty_like(weight)
+        of_weight[shard.count :] = 0.0
+        for chunk in chunks:
+            words = weight[chunk]
+            of_logits = hidden @ words.t() if kept is None else kept
+            ctx.operations.turn_into_gradient(of_logits, columns - chunk.start, log_sums, of_losses)
+            torch.mm(of_logits.t(), hidden, out=of_weight[chunk])
+            if of_hidden.dtype == of_logits.dtype:
+                of_hidden.addmm_(of_logits, words)
             else:
-                softmax = kept.mul_((of_losses * (-shift).exp())[:, None])
-            softmax.scatter_add_(1, columns[chunk, None], of_label[chunk, None])
-            of_logits = softmax.to(hidden.dtype)
-            del softmax
-            torch.mm(of_logits, words, out=of_hidden[chunk])
-            own = of_weight[: shard.count]
-            if own.dtype == of_logits.dtype:
-                own.addmm_(of_logits.t(), hidden[chunk])
-            else:
-                own.add_(of_logits.t() @ hidden[chunk])
+                of_hidden.add_(of_logits @ words)
             del of_logits
-        if shard.group is not None and shard.reduces_hidden and len(hidden):
+        of_hidden = of_hidden.to(hidden.dtype)
+        if shard.group is not None and shard.reduces_hidden:
             torch.distributed.all_reduce(of_hidden, group=shard.group)
-        return of_hidden, of_weight.to(weight.dtype), None, None, None
+        return of_hidden, of_weight, None, None, None, None
 
 
 def join_ranks(largest: Tensor, sums: Tensor, of_label: Tensor, shard: VocabularyShard) -> tuple[Tensor, ...]:
@@ -142,12 +169,43 @@ def join_ranks(largest: Tensor, sums: Tensor, of_label: Tensor, shard: Vocabular
     return of_all, *both.unbind()
 
 
-def chunks_of(count: int, chunk_size: int, shard: VocabularyShard) -> Iterator[slice]:
-    """Cut positions into chunks; there is none for a rank that holds no real word."""
-    for begin in range(0, count if shard.count else 0, chunk_size):
-        yield slice(begin, min(begin + chunk_size, count))
+def _cut(count: int, at_once: int, *, multiple: int = 1) -> Iterator[slice]:
+    """Cut [0, count) into slices of equal length, but for the last, of at most `at_once` and at least 1.
+
+    Args:  multiple: of the length, where it is that long.
+    """
+    if not count:
+        return
+    pieces = -(-count // max(1, at_once))
+    length = -(-count // pieces)
+    if length > multiple and pieces > 1:
+        length -= length % multiple
+    for begin in range(0, count, length):
+        yield slice(begin, min(begin + length, count))
 
 
-def _logits(hidden: Tensor, weight: Tensor, shard: VocabularyShard) -> Tensor:
-    """Return the logits of this rank's real words, fp32 [positions, v], in memory of their own."""
-    return (hidden @ weight[: shard.count].t()).float()
+def _statistics(logits: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `LogitOperations`; logits stay as they are."""
+    largest = logits.amax(dim=1).float()
+    sums = torch.empty_like(largest)
+    for rows in _cut(len(logits), WIDE_AT_ONCE // logits.size(1)):
+        sums[rows] = (logits[rows].float() - largest[rows, None]).exp_().sum(dim=1)
+    is_own = (columns >= 0) & (columns < logits.size(1))
+    of_label = logits.gather(1, columns.clamp(0, logits.size(1) - 1)[:, None]).squeeze(1).float()
+    return largest, sums, of_label.mul_(is_own)
+
+
+def _turn_into_gradient(logits: Tensor, columns: Tensor, log_sums: Tensor, of_losses: Tensor) -> None:
+    """See `LogitOperations`."""
+    is_own = (columns >= 0) & (columns < logits.size(1))
+    of_label = torch.where(is_own, -of_losses, 0.0)[:, None]
+    places = columns.clamp(0, logits.size(1) - 1)[:, None]
+    for rows in _cut(len(logits), WIDE_AT_ONCE // logits.size(1)):
+        softmax = logits[rows].float()  # the logits themselves in fp32, a copy in half precision
+        softmax.sub_(log_sums[rows, None]).exp_().mul_(of_losses[rows, None])
+        softmax.scatter_add_(1, places[rows], of_label[rows])
+        if softmax.dtype != logits.dtype:
+            logits[rows] = softmax
+
+
+TORCH = LogitOperations(statistics=_statistics, turn_into_gradient=_turn_into_gradient)

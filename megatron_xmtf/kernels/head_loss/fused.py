@@ -1,28 +1,22 @@
 """The head and its loss as in `chunked`, with all that is done to logits in two Triton kernels.
 
-    logits of a chunk [c, v], in the precision of hidden, as the matrix product leaves them
+    logits of a chunk [c, w], in the precision of hidden, as the matrix product leaves them
     `logit_statistics`    reads them once:            largest, sum of exp(logit - largest), that of the label
     `logit_gradient`      turns them into gradients   (softmax - onehot(label)) * gradient of the loss, in their place
 
-Plain torch makes an fp32 copy of the logits and goes over it several times: 14 bytes a logit in the forward pass after
-the product's own 2, and 26 in the backward pass, where these kernels move 2 and 4. For 2,048 positions, 250,880 words
-and bf16 that is 20 GB less a micro-batch, 5 ms of an H200's memory beside 10 ms of products at h = 2,048 and 600
-TFLOP/s; and a chunk takes a third of the memory (2 bytes a logit, not 6). Computed, not measured.
-
-What is kept, how chunks are computed again, and what ranks tell each other is as in `chunked`.
+Plain torch goes over them several times: some 14 bytes a logit in the forward pass after the product's own 2, and 26 in
+the backward pass, where these kernels move 2 and 4. For 2,048 positions, 250,880 words and bf16 that is 20 GB less a
+micro-batch, 5 ms of an H200's memory beside 10 ms of products at h = 2,048 and 600 TFLOP/s. Computed, not measured.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.distributed
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_xmtf.kernels.head_loss.chunked import LOGITS_AT_ONCE, VocabularyShard, chunks_of, join_ranks
+from megatron_xmtf.kernels.head_loss.chunked import LogitOperations, VocabularyShard, apply_head_loss
 
 __all__ = ["head_loss", "logit_gradient", "logit_statistics"]
 
@@ -34,9 +28,7 @@ def head_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, shard: VocabularyShard, logits_at_once: int | None = None
 ) -> Tensor:
     """Return the cross-entropy of each position, fp32 [n]; arguments as those of `chunked.head_loss`."""
-    limit = logits_at_once or LOGITS_AT_ONCE.get(hidden.device.type, LOGITS_AT_ONCE["cuda"])
-    losses: Tensor = _FusedHeadLoss.apply(hidden, weight, labels, shard, max(1, limit // max(shard.count, 1)))
-    return losses
+    return apply_head_loss(hidden, weight, labels, shard=shard, logits_at_once=logits_at_once, operations=TRITON)
 
 
 @triton.jit
@@ -84,61 +76,24 @@ def logit_gradient(logits_ptr, column_ptr, log_sum_ptr, of_loss_ptr, stride, num
     tl.store(pointers, gradient.to(logits_ptr.dtype.element_ty), mask=word < num_words)
 
 
-class _FusedHeadLoss(torch.autograd.Function):
-    """Forward and backward of `head_loss`."""
+def _statistics(logits: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `LogitOperations`."""
+    largest, sums, of_label = torch.empty(3, len(logits), dtype=torch.float32, device=logits.device).unbind()
+    logit_statistics[(len(logits),)](
+        *(logits, columns, largest, sums, of_label),
+        *(logits.stride(0), logits.size(1), WORDS_AT_ONCE),
+    )
+    return largest, sums, of_label
 
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard, chunk_size: int
-    ) -> Tensor:
-        columns = labels - shard.first
-        if shard.count < weight.size(0):
-            # Rows that only pad the vocabulary belong to nobody; a label there would be another rank's.
-            columns = columns.masked_fill(columns >= shard.count, -1)
-        words = weight[: shard.count]
-        largest = torch.full(labels.shape, float("-inf"), dtype=torch.float32, device=hidden.device)
-        sums, of_label = torch.zeros_like(largest), torch.zeros_like(largest)
-        kept = None
-        for chunk in chunks_of(len(hidden), chunk_size, shard):
-            kept = None  # the last chunk's memory is free before the next one's is taken
-            kept = hidden[chunk] @ words.t()
-            logit_statistics[(len(kept),)](
-                *(kept, columns[chunk], largest[chunk], sums[chunk], of_label[chunk]),
-                *(kept.stride(0), shard.count, WORDS_AT_ONCE),
-            )
-        if len(hidden) > chunk_size:
-            kept = None
-        largest, sums, of_label = join_ranks(largest, sums, of_label, shard)
-        log_sums = sums.log()
-        ctx.save_for_backward(hidden, weight, columns, largest + log_sums, kept)
-        ctx.shard, ctx.chunk_size = shard, chunk_size
-        return log_sums - (of_label - largest)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, columns, log_sums, kept = ctx.saved_tensors
-        shard, of_losses = ctx.shard, gradients[0].contiguous()
-        words = weight[: shard.count]
-        of_hidden = torch.zeros_like(hidden)
-        # In fp32 where chunks are added up: half precision would round after each.
-        several = len(hidden) > ctx.chunk_size
-        of_weight = torch.zeros_like(weight, dtype=torch.float32 if several else None)
-        for chunk in chunks_of(len(hidden), ctx.chunk_size, shard):
-            of_logits = hidden[chunk] @ words.t() if kept is None else kept
-            logit_gradient[len(of_logits), triton.cdiv(shard.count, WORDS_AT_ONCE)](
-                *(of_logits, columns[chunk], log_sums[chunk], of_losses[chunk]),
-                *(of_logits.stride(0), shard.count, WORDS_AT_ONCE),
-            )
-            torch.mm(of_logits, words, out=of_hidden[chunk])
-            own = of_weight[: shard.count]
-            if own.dtype == of_logits.dtype:
-                own.addmm_(of_logits.t(), hidden[chunk])
-            else:
-                own.add_(of_logits.t() @ hidden[chunk])
-            del of_logits
-        if kept is not None:
-            # Triton does not tell autograd that it wrote there: a second backward pass must not take it for logits.
-            torch.autograd.graph.increment_version(kept)
-        if shard.group is not None and shard.reduces_hidden and len(hidden):
-            torch.distributed.all_reduce(of_hidden, group=shard.group)
-        return of_hidden, of_weight.to(weight.dtype), None, None, None
+def _turn_into_gradient(logits: Tensor, columns: Tensor, log_sums: Tensor, of_losses: Tensor) -> None:
+    """See `LogitOperations`."""
+    logit_gradient[len(logits), triton.cdiv(logits.size(1), WORDS_AT_ONCE)](
+        *(logits, columns, log_sums, of_losses),
+        *(logits.stride(0), logits.size(1), WORDS_AT_ONCE),
+    )
+    # Triton does not tell autograd that it wrote there: a second backward pass must not take it for logits.
+    torch.autograd.graph.increment_version(logits)
+
+
+TRITON = LogitOperations(statistics=_statistics, turn_into_gradient=_turn_into_gradient)
