@@ -41,6 +41,7 @@ __all__ = [
     "finish_checkpoint",
     "hash_files",
     "open_manifest",
+    "verify_descriptions",
     "verify_hashes",
 ]
 
@@ -242,6 +243,14 @@ def verify_hashes(directory: Path | str, manifest: CheckpointManifest, *, names:
     altered = [name for name, digest in found.items() if digest != manifest.files[name].sha256]
     if altered:
         raise CorruptCheckpointError(_damaged(Path(directory), [f"{name} was altered" for name in altered]))
+
+
+def verify_descriptions(directory: Path | str, manifest: CheckpointManifest) -> None:
+    """Compare all but the shards, which are large, with the manifest: what says where tensors are, the side files.
+
+    Raises:  CorruptCheckpointError: names every file whose bytes were altered.
+    """
+    verify_hashes(directory, manifest, names=[name for name in manifest.files if not name.endswith(".distcp")])
 
 
 def _damaged(directory: Path, problems: list[str]) -> str:

@@ -144,6 +144,18 @@ class CheckpointReader:
         place = self.metadata.storage_data[MetadataIndex(key, entry.chunks[0].offsets)]
         return place.relative_path, place.offset
 
+    def files_of(self, key: str, rows: tuple[int, int]) -> list[str]:
+        """Return the names of the files that hold rows [first, last) of a tensor; a scalar is one row."""
+        entry = self.metadata.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata), f"{key} is not a tensor"
+        chunks = [
+            chunk
+            for chunk in entry.chunks
+            if not chunk.sizes or chunk.offsets[0] < rows[1] and rows[0] < chunk.offsets[0] + chunk.sizes[0]
+        ]
+        places = (self.metadata.storage_data[MetadataIndex(key, chunk.offsets)] for chunk in chunks)
+        return list(dict.fromkeys(place.relative_path for place in places))
+
     def read_object(self, key: str) -> Any:
         """Return a byte object, read with torch's restricted loader.
 

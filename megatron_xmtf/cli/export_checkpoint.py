@@ -42,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restart", action="store_true", help="begin anew instead of going on where a killed export stopped"
     )
+    parser.add_argument(
+        "--no-verify-hashes",
+        action="store_true",
+        help="compare the checkpoint's files with their sizes alone; default: with their hashes",
+    )
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
 
@@ -64,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
             tensor_parallel_size=1 if arguments.tensor_parallel is None else arguments.tensor_parallel,
             pipeline_parallel_size=1 if arguments.pipeline_parallel is None else arguments.pipeline_parallel,
             dtype=dtype,
+            verify=not arguments.no_verify_hashes,
         )
     else:
         from megatron_xmtf.conversion.huggingface_export import export_huggingface
@@ -80,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
             allow_causal=arguments.allow_causal,
             workers=arguments.workers,
             restart=arguments.restart,
+            verify=not arguments.no_verify_hashes,
         )
     if arguments.json:
         paths = {"directory": str(done.directory), "checkpoint": str(done.checkpoint)}

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from megatron_xmtf.checkpoint.directory import find_checkpoint
-from megatron_xmtf.checkpoint.manifest import open_manifest
+from megatron_xmtf.checkpoint.manifest import open_manifest, verify_descriptions, verify_hashes
 from megatron_xmtf.checkpoint.reader import CheckpointReader
 from megatron_xmtf.checkpoint.reading_direction import attends_prefix
 from megatron_xmtf.checkpoint.row_ranges import CHUNK_BYTES, row_ranges
@@ -64,6 +64,7 @@ def export_deepspeed(
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
     dtype: torch.dtype | None = None,
+    verify: bool = True,
 ) -> ExportedDeepSpeed:
     """Write the weights of a BLOOM as a step of Megatron-DeepSpeed's pipeline.
 
@@ -72,12 +73,14 @@ def export_deepspeed(
 
     Args:    checkpoint: one, or a run directory (its newest). tensor_parallel_size: files of each layer.
              pipeline_parallel_size: with it, the number of settings files. dtype: type to write; None keeps each
-             tensor's own.
+             tensor's own. verify: compare every file that is read with its hash in the manifest first.
     Raises:  MissingError, CorruptCheckpointError: not there, not whole. CheckpointError: no BLOOM. NonFiniteError: NaN
              or Inf. ConfigError: `output` exists, or the sizes do not divide. On any error nothing is left there.
     """
     output, checkpoint = Path(output), find_checkpoint(checkpoint)
     manifest = open_manifest(checkpoint)
+    if verify:
+        verify_descriptions(checkpoint, manifest)
     architecture = architecture_from_mapping(manifest.architecture)
     if not isinstance(architecture, BloomArchitecture):
         raise CheckpointError(
@@ -94,9 +97,15 @@ def export_deepspeed(
         slicing = _Slicing(architecture, tensor_parallel_size, rows)
         total = sum(slicing.bytes_of(parameter, types[parameter.ours]) for parameter in parameters)
         files = 0
+        compared: set[str] = set()
         with Progress("export", total=round(total / 1e6), unit="MB") as progress:
             for layer, group in groupby(parameters, key=slicing.layer_of):
-                files += _write_layer(step, layer, list(group), reader, slicing, types, progress)
+                members = list(group)
+                held = {name for one in members for name in reader.files_of(one.ours, (0, one.padded_shape[0]))}
+                if verify:
+                    verify_hashes(checkpoint, manifest, names=sorted(held - compared))
+                    compared |= held
+                files += _write_layer(step, layer, members, reader, slicing, types, progress)
         write_settings(
             step,
             architecture,

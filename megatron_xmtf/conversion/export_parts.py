@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from megatron_xmtf.checkpoint.manifest import CheckpointManifest, verify_hashes
 from megatron_xmtf.checkpoint.reader import CheckpointReader
 from megatron_xmtf.checkpoint.row_ranges import CHUNK_BYTES
 from megatron_xmtf.conversion.checkpoint_parts import processes_for
@@ -51,6 +52,8 @@ class ExportPlan:
     """Hugging Face name -> type to write."""
     repeated: Mapping[str, str] = field(default_factory=dict)
     """Hugging Face name -> a second name under which the same numbers are written."""
+    manifest: CheckpointManifest | None = None
+    """Of the checkpoint: files are compared with its hashes before anything is taken from them; None: they are not."""
 
 
 class _Opened:
@@ -73,7 +76,7 @@ def write_weights(
 
     Args:    directory: whose journal says what is done. key: of the journal. workers: processes; None: as many as
              there are cores where the model is large.
-    Raises:  NonFiniteError: NaN or Inf. CorruptCheckpointError: a chunk cannot be read.
+    Raises:  NonFiniteError: NaN or Inf. CorruptCheckpointError: a file was altered, or a chunk cannot be read.
     """
     tasks = list(_tasks(plan))
     done: set[int] = set()
@@ -83,7 +86,7 @@ def write_weights(
         for file in plan.files:
             (plan.directory / file.name).unlink(missing_ok=True)
             file.create(plan.directory)
-    todo = [number for number in range(len(tasks)) if number not in done]
+    todo = list(_with_checks(plan, [(number, task) for number, task in enumerate(tasks) if number not in done]))
     sizes = [sum(_bytes(plan, *rows) for rows in task) for task in tasks]
     total, written = sum(sizes), sum(sizes[number] for number in done)
     workers = min(workers or processes_for(total), len(todo) or 1)
@@ -91,11 +94,38 @@ def write_weights(
         Progress("export", total=round(total / 1e6), unit="MB", done=round(written / 1e6)) as progress,
         WorkerPool(workers, state=plan, setup=_Opened) as pool,
     ):
-        for number, _ in zip(todo, pool.map(_write_task, [tasks[number] for number in todo]), strict=True):
+        for (number, _), _ in zip(todo, pool.map(_do, [task for _, task in todo]), strict=True):
+            if number is None:
+                continue
             done.add(number)
             Journal(dict(key), {"tasks": sorted(done)}, 0, {}, {}).write(plan.directory)
             progress.advance(round((written + sizes[number]) / 1e6) - round(written / 1e6))
             written += sizes[number]
+
+
+def _with_checks(plan: ExportPlan, tasks: Sequence[tuple[int, Task]]) -> Iterator[tuple[int | None, Task | str]]:
+    """Put every file of the checkpoint, to be compared with its hash, in front of the first task that reads from it.
+
+    So its bytes come from the disk once, and the second time out of the system's cache.
+    """
+    compared: set[str] = set()
+    with CheckpointReader(plan.checkpoint) as reader:
+        for number, task in tasks:
+            for parameter, first, last in task if plan.manifest is not None else ():
+                for name in reader.files_of(plan.parameters[parameter].ours, (first, last)):
+                    if name not in compared:
+                        compared.add(name)
+                        yield None, name
+            yield number, task
+
+
+def _do(opened: _Opened, task: Task | str) -> None:
+    """Compare a file with its hash, or write some rows."""
+    if isinstance(task, str):
+        assert opened.plan.manifest is not None, "its hashes were asked for"
+        verify_hashes(opened.plan.checkpoint, opened.plan.manifest, names=[task])
+    else:
+        _write_task(opened, task)
 
 
 def _write_task(opened: _Opened, task: Task) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_xmtf.checkpoint.directory import find_checkpoint
-from megatron_xmtf.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest, open_manifest
+from megatron_xmtf.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest, open_manifest, verify_descriptions
 from megatron_xmtf.checkpoint.reader import CheckpointReader
 from megatron_xmtf.checkpoint.reading_direction import attends_prefix
 from megatron_xmtf.conversion.export_parts import ExportPlan, write_weights
@@ -61,6 +61,7 @@ def export_huggingface(
     allow_causal: bool = False,
     workers: int | None = None,
     restart: bool = False,
+    verify: bool = True,
 ) -> ExportedModel:
     """Write the weights of a checkpoint as `save_pretrained` would, with config, tokenizer files and a model card.
 
@@ -70,7 +71,9 @@ def export_huggingface(
     Args:    checkpoint: one, or a run directory (its newest). dtype: type to write; None keeps each tensor's own.
              allow_causal: write the weights of a prefix-LM, which `transformers` will run causally; config.json gets
              "prefix_lm": true, and the model card says so. workers: processes; None: as many as there are cores where
-             the model is large. restart: throw away what an interrupted export left.
+             the model is large. restart: throw away what an interrupted export left. verify: compare every
+             file that is read with its hash in the manifest, not only with its size; that of a training holds
+             optimizer state as well.
     Raises:  MissingError, CorruptCheckpointError: not there, not whole. CheckpointError: tensors missing or unexpected.
              NonFiniteError: NaN or Inf in a weight. ConfigError: `output` exists; a prefix-LM without `allow_causal`.
              DatasetError: another export to `output` runs, or an interrupted one was another.
@@ -78,6 +81,8 @@ def export_huggingface(
     """
     output, checkpoint = Path(output), find_checkpoint(checkpoint)
     manifest = open_manifest(checkpoint)
+    if verify:
+        verify_descriptions(checkpoint, manifest)
     prefix_lm = attends_prefix(checkpoint, manifest)
     if prefix_lm and not allow_causal:
         raise ConfigError(
@@ -112,7 +117,7 @@ def export_huggingface(
         "files": {file.name: file.bytes for file in files},
     }
     with disk_errors(output), working_directory(output, key=key, restart=restart) as directory:
-        plan = ExportPlan(checkpoint, directory.path, parameters, files, types, repeated)
+        plan = ExportPlan(checkpoint, directory.path, parameters, files, types, repeated, manifest if verify else None)
         write_weights(plan, directory, key=key, workers=workers)
         copy_side_files(checkpoint / "hf", directory.path)
         _write_config(directory.path, name, architecture_class=mapping.architecture_class, prefix_lm=prefix_lm)

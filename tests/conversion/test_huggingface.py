@@ -1,6 +1,7 @@
 """Hugging Face -> checkpoint -> Hugging Face keeps every bit; damaged models are `test_corruptions`."""
 
 import json
+import re
 import struct
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from megatron_xmtf.checkpoint.manifest import open_manifest, verify_hashes
 from megatron_xmtf.checkpoint.reader import CheckpointReader, check_safe
 from megatron_xmtf.conversion import checkpoint_parts, huggingface_export, tensor_source
+from megatron_xmtf.conversion.deepspeed_export import export_deepspeed
 from megatron_xmtf.conversion.huggingface import import_huggingface
 from megatron_xmtf.conversion.huggingface_export import export_huggingface
 from megatron_xmtf.conversion.safetensors_file import SafetensorsFile, TensorHeader, plan_shards
@@ -305,6 +307,25 @@ def test_a_damaged_checkpoint_is_not_exported(model: Path, tmp_path: Path, name:
     with pytest.raises(CorruptCheckpointError, match="bytes instead of"):
         export_huggingface(tmp_path / "checkpoint", tmp_path / "exported")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "model"]
+
+
+@pytest.mark.parametrize("export", [export_huggingface, export_deepspeed])
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__0_1.distcp", "hf/config.json", ".metadata", "common.pt"])
+def test_an_altered_checkpoint_is_not_exported(
+    model: Path, tmp_path: Path, name: str, export: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flipped bit leaves size and weights plausible: the hash alone tells."""
+    monkeypatch.setattr(checkpoint_parts, "FILE_BYTES", 60_000)
+    import_huggingface(model, tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptCheckpointError, match=f"checkpoint is not whole: {re.escape(name)} was altered"):
+        export(tmp_path / "checkpoint", tmp_path / "exported")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "model"]
+    if name.endswith(".distcp"):  # the control
+        export(tmp_path / "checkpoint", tmp_path / "exported", verify=False)
 
 
 def test_the_file_is_what_the_library_reads(tmp_path: Path) -> None:
