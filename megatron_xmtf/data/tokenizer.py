@@ -28,6 +28,8 @@ CONVERTIBLE_PATTERNS = ("*.model", "merges.txt", "vocab.txt")
 """What transformers can turn into a fast tokenizer when there is no tokenizer.json."""
 NOT_FINGERPRINTED = ("version", "truncation", "padding", "post_processor", "decoder")
 """Parts of tokenizer.json that change no id here: text is encoded whole and without added special tokens."""
+MOST_IDS = 1 << 24
+"""60 times the largest vocabularies in use; `tokenizers` walks through each id left out, for half a minute at 2^31."""
 REMEDY_CONVERT = "(where transformers can read it: AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW_DIR))"
 
 
@@ -77,6 +79,12 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise TokenizerError(f"tokenizer {directory} has an empty vocabulary; check tokenizer.json.")
+        token, largest = max(vocabulary.items(), key=lambda item: item[1])
+        if largest >= MOST_IDS:
+            raise TokenizerError(
+                f"tokenizer {directory} gives {token!r} the id {largest}; ids are below {MOST_IDS}, for a model has a "
+                "row of its embedding for each id up to the largest. The file is damaged; fetch it again."
+            )
         eos_id = _special_id("eos", directory, vocabulary, configs, defaults)
         if eos_id is None:
             raise TokenizerError(
@@ -87,7 +95,7 @@ class Tokenizer:
         content = json.loads(backend.to_str())
         return Tokenizer(
             directory=directory,
-            vocab_size=max(vocabulary.values()) + 1,
+            vocab_size=largest + 1,
             eos_id=eos_id,
             pad_id=eos_id if pad_id is None else pad_id,
             fingerprint=_fingerprint(content),

@@ -112,6 +112,14 @@ def test_unusable_directories_are_refused(tokenizer_directory: Path, tmp_path: P
     (not_json / "tokenizer_config.json").write_text("{")
     with pytest.raises(TokenizerError, match="not valid JSON"):
         Tokenizer.load(not_json)
+    far = edited(tokenizer_directory, tmp_path / "far")
+    content = json.loads((far / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    word = max(vocabulary, key=vocabulary.get)
+    vocabulary[word] = 2**31
+    (far / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(TokenizerError, match=f"gives {word!r} the id {2**31}; ids are below"):
+        Tokenizer.load(far)
 
 
 def test_sentencepiece_directory(tmp_path: Path) -> None:
