@@ -1,6 +1,6 @@
 """Compile every Triton kernel for an H100 or H200 without having one, and print what the machine code says of itself.
 
-    python -m tests.kernels.compile_for_sm90 [all]
+    python -m tests.kernels.compile_for_sm90 [PRECISION HEAD_DIM]      few of all kernels, or all of these
 
 One JSON object a kernel: registers a thread, bytes of stack (spilled registers lie there), bytes of shared memory, and
 whether tensor cores are used. Run in a process of its own: Triton is told at its import whether it compiles.
@@ -25,23 +25,26 @@ INTEGERS = ("key_begin_ptr", "key_end_ptr", "query_begin_ptr", "query_end_ptr")
 ALWAYS_FP32 = ("log_sum_ptr", "delta_ptr", "of_bias_ptr", "bias_ptr")
 
 
-def cases(*, everything: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield kernel names with precision, head_dim, bias, dropout; few of them unless everything is asked for."""
-    kernels = ("attention_forward", "query_gradient", "key_value_gradient")
-    for kernel in kernels:
+ATTENTION = ("attention_forward", "query_gradient", "key_value_gradient")
+
+
+def few_cases() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield names of kernels with precision, head_dim, bias, dropout: what is trained most, and the most registers."""
+    for kernel in ATTENTION:
         yield kernel, {"precision": "bf16", "head_dim": 128, "bias": "alibi", "drops": False}
         yield kernel, {"precision": "bf16", "head_dim": 64, "bias": "relative", "drops": False}
+    yield "query_gradient", {"precision": "fp32", "head_dim": 128, "bias": "alibi", "drops": False}
     yield "bias_gradient", {"precision": "bf16", "head_dim": 64, "bias": "relative", "drops": False}
-    if everything:
-        for kernel in kernels:
-            for head_dim in (64, 80, 96, 128):
-                for bias in ("alibi", "relative", "none"):
-                    for precision in ("bf16", "fp16"):
-                        yield kernel, {"precision": precision, "head_dim": head_dim, "bias": bias, "drops": False}
-            yield kernel, {"precision": "bf16", "head_dim": 64, "bias": "relative", "drops": True}
-            yield kernel, {"precision": "fp32", "head_dim": 64, "bias": "alibi", "drops": False}
-        yield "bias_gradient", {"precision": "bf16", "head_dim": 128, "bias": "relative", "drops": False}
-        yield "bias_gradient", {"precision": "bf16", "head_dim": 64, "bias": "relative", "drops": True}
+
+
+def all_cases(precision: str, head_dim: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every kernel, bias and dropout for a precision and a head_dim."""
+    for drops in (False, True):
+        given = {"precision": precision, "head_dim": head_dim, "drops": drops}
+        for kernel in ATTENTION:
+            for bias in ("alibi", "relative", "none"):
+                yield kernel, {**given, "bias": bias}
+        yield "bias_gradient", {**given, "bias": "relative"}
 
 
 def compile_attention(name: str, *, precision: str, head_dim: int, bias: Any, drops: bool) -> dict[str, Any]:
@@ -55,7 +58,7 @@ def compile_attention(name: str, *, precision: str, head_dim: int, bias: Any, dr
 
     function = getattr(forward, name, None) or getattr(backward, name)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    blocks = choose_blocks(name, PRECISIONS[precision], block_d, bias)
+    blocks = choose_blocks(name, PRECISIONS[precision], block_d, bias, drops=drops)
     constants = {
         **{"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BIAS": bias, "DROPS": drops},
         **{"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "BLOCK": blocks.queries},
@@ -121,7 +124,8 @@ def read_usage(cubin: bytes) -> dict[str, int]:
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET", "0") == "0", "nothing is compiled where Triton interprets"
-    for name, settings in cases(everything="all" in sys.argv):
+    chosen = all_cases(sys.argv[1], int(sys.argv[2])) if sys.argv[1:] else few_cases()
+    for name, settings in chosen:
         print(json.dumps(compile_attention(name, **settings)), flush=True)
-    for name in ("logit_statistics", "logit_gradient"):
+    for name in ("logit_statistics", "logit_gradient") if not sys.argv[1:] else ():
         print(json.dumps(compile_head(name)), flush=True)

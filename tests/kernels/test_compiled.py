@@ -28,10 +28,10 @@ def compiled(*arguments: str) -> list[dict[str, Any]]:
 def check(kernels: list[dict[str, Any]]) -> None:
     for kernel in kernels:
         assert kernel["shared_bytes"] <= SHARED_BYTES, kernel
-        half = kernel.get("precision") != "fp32"
-        assert kernel.get("has_tensor_cores", half) == half, kernel
-        if half and not kernel.get("drops"):
-            assert kernel["stack_bytes"] == 0, f"registers are spilled: {kernel}"
+        # fp32 is multiplied exactly, which tensor cores cannot; the head's kernels multiply nothing.
+        if "precision" in kernel:
+            assert kernel["has_tensor_cores"] == (kernel["precision"] != "fp32"), kernel
+        assert kernel["stack_bytes"] == 0, f"registers are spilled: {kernel}"
 
 
 def test_kernels_compile_without_spilled_registers() -> None:
@@ -48,5 +48,9 @@ def test_kernels_compile_without_spilled_registers() -> None:
 
 
 @pytest.mark.slow
-def test_kernels_of_every_shape_compile_without_spilled_registers() -> None:
-    check(compiled("all"))
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_kernel_compiles_without_spilled_registers(precision: str, head_dim: int) -> None:
+    kernels = compiled(precision, str(head_dim))
+    assert len(kernels) == 20  # three with three biases and one, with and without dropout
+    check(kernels)

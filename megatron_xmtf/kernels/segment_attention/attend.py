@@ -37,16 +37,15 @@ class Blocks:
     """Blocks of keys (or of queries) that are under way from memory at once."""
 
 
-def choose_blocks(kernel: str, dtype: torch.dtype, block_d: int, kind: Bias) -> Blocks:
-    """Return the cut of a kernel, one of `BLOCKS`."""
+def choose_blocks(kernel: str, dtype: torch.dtype, block_d: int, kind: Bias, *, drops: bool) -> Blocks:
+    """Return the cut of a kernel, one of `BLOCKS` or, with dropout, of `DROPPING`."""
     width = "wide" if block_d > 64 else "narrow"
-    if dtype.itemsize == 4:
-        return BLOCKS[kernel, "fp32", width]
-    return BLOCKS[kernel, "relative" if kind == "relative" else "half", width]
+    place = kernel, "fp32" if dtype.itemsize == 4 else "relative" if kind == "relative" else "half", width
+    return DROPPING.get(place, BLOCKS[place]) if drops else BLOCKS[place]
 
 
 BLOCKS = {
-    # Half precision: no register is spilled on an H100 or H200, and where it costs no more, several blocks share a
+    # No register is spilled on an H100 or H200, and in half precision, where it costs no more, several blocks share a
     # multiprocessor (`tests/kernels/test_compiled.py` reads that out of the machine code). The learned bias takes
     # registers of its own. narrow: head_dim up to 64.
     ("attention_forward", "half", "narrow"): Blocks(64, 64, 4, 3),
@@ -63,15 +62,23 @@ BLOCKS = {
     ("key_value_gradient", "relative", "wide"): Blocks(32, 128, 8, 2),
     ("bias_gradient", "relative", "narrow"): Blocks(64, 64, 8, 1),
     ("bias_gradient", "relative", "wide"): Blocks(64, 64, 8, 1),
-    # fp32 is multiplied without tensor cores, element by element.
+    # fp32 is multiplied without tensor cores, element by element: a thread holds whole rows of what it multiplies, and
+    # blocks are as small as they may be. Where two blocks are under way they pass through shared memory, not registers.
     ("attention_forward", "fp32", "narrow"): Blocks(32, 32, 8, 1),
-    ("attention_forward", "fp32", "wide"): Blocks(32, 32, 8, 1),
+    ("attention_forward", "fp32", "wide"): Blocks(32, 16, 8, 2),
     ("query_gradient", "fp32", "narrow"): Blocks(32, 32, 8, 1),
-    ("query_gradient", "fp32", "wide"): Blocks(32, 16, 8, 1),
+    ("query_gradient", "fp32", "wide"): Blocks(16, 16, 8, 2),
     ("key_value_gradient", "fp32", "narrow"): Blocks(32, 32, 8, 1),
-    ("key_value_gradient", "fp32", "wide"): Blocks(16, 32, 8, 1),
+    ("key_value_gradient", "fp32", "wide"): Blocks(16, 16, 8, 1),
     ("bias_gradient", "fp32", "narrow"): Blocks(32, 32, 8, 1),
-    ("bias_gradient", "fp32", "wide"): Blocks(32, 32, 8, 1),
+    ("bias_gradient", "fp32", "wide"): Blocks(16, 16, 4, 1),
+}
+
+DROPPING = {
+    # Where dropout's random numbers would not fit the registers beside the rest.
+    ("attention_forward", "fp32", "narrow"): Blocks(32, 16, 8, 1),
+    ("attention_forward", "relative", "wide"): Blocks(64, 32, 8, 2),
+    ("key_value_gradient", "half", "narrow"): Blocks(32, 128, 8, 3),
 }
 
 
@@ -179,7 +186,7 @@ class _Call:
         self.drops = dropout > 0.0
 
     def blocks(self, kernel: str) -> Blocks:
-        return choose_blocks(kernel, self.query.dtype, _block_d(self.query), self.kind)
+        return choose_blocks(kernel, self.query.dtype, _block_d(self.query), self.kind, drops=self.drops)
 
     def constants(self, blocks: Blocks) -> dict[str, Any]:
         """Return what is compiled into every kernel."""

@@ -21,25 +21,14 @@ import triton
 import triton.language as tl
 
 from megatron_xmtf.kernels.segment_attention.forward import (
-    BIAS_PADDING,
     biased_scores,
     dropout_factor,
+    head_bias,
     load_rows,
     store_rows,
 )
 
 __all__ = ["bias_gradient", "key_value_gradient", "query_gradient"]
-
-
-@triton.jit
-def _head_bias(bias_ptr, head, longest, BIAS: tl.constexpr):
-    """Return what `biased_scores` takes as bias: a slope, a pointer, or nothing."""
-    if BIAS == "alibi":
-        return tl.load(bias_ptr + head)
-    elif BIAS == "relative":
-        return bias_ptr + head * (2 * longest - 1 + BIAS_PADDING)
-    else:
-        return 0.0
 
 
 @triton.jit
@@ -106,7 +95,7 @@ def query_gradient(
     context = load_rows(context_base, first, stride_cs, num_queries, HEAD_DIM, BLOCK_M, BLOCK_D)
     offsets = (row_long * tl.num_programs(1) + head_long) * num_queries + query
     log_sum = tl.load(log_sum_ptr + offsets, mask=is_query, other=0.0)
-    bias, seed = _head_bias(bias_ptr, head, longest, BIAS), 0
+    bias, seed = head_bias(bias_ptr, head, longest, BIAS), 0
     if DROPS:
         seed = tl.load(seed_ptr)
     begin, end, last_key = tl.min(key_begin) // BLOCK_N * BLOCK_N, tl.max(key_end), key_end - 1
@@ -202,7 +191,7 @@ def key_value_gradient(
     of_context_base = of_context_ptr + row_long * stride_ob + head_long * stride_on
     keys = load_rows(key_base, first, stride_ks, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D)
     values = load_rows(value_base, first, stride_vs, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D)
-    bias, seed = _head_bias(bias_ptr, head, longest, BIAS), 0
+    bias, seed = head_bias(bias_ptr, head, longest, BIAS), 0
     if DROPS:
         seed = tl.load(seed_ptr)
 
@@ -289,7 +278,7 @@ def bias_gradient(
     key_base = key_ptr + row_long * stride_kb + head_long * stride_kn
     value_base = value_ptr + row_long * stride_vb + head_long * stride_vn
     of_context_base = of_context_ptr + row_long * stride_ob + head_long * stride_on
-    bias, seed = bias_ptr + head * (2 * longest - 1 + BIAS_PADDING), 0
+    bias, seed = head_bias(bias_ptr, head, longest, "relative"), 0
     if DROPS:
         seed = tl.load(seed_ptr)
 

@@ -22,7 +22,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["BIAS_PADDING", "attention_forward", "biased_scores", "dropout_factor", "row_pointers"]
+__all__ = [
+    "BIAS_PADDING",
+    "attention_forward",
+    "biased_scores",
+    "dropout_factor",
+    "head_bias",
+    "load_rows",
+    "row_pointers",
+    "store_rows",
+]
 
 NOTHING_SEEN = tl.constexpr(-1.0e30)
 """Running maximum of a query that has seen no key. -inf would turn exp2(-inf - -inf) into no number."""
@@ -53,6 +62,17 @@ def store_rows(
     inside = (first + tl.arange(0, LENGTH) < length)[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
     pointers = row_pointers(base, first, stride, HEAD_DIM, LENGTH, BLOCK_D)
     tl.store(pointers, values.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def head_bias(bias_ptr, head, longest, BIAS: tl.constexpr):
+    """Return what `biased_scores` takes as bias: a slope, a pointer, or nothing."""
+    if BIAS == "alibi":
+        return tl.load(bias_ptr + head)
+    elif BIAS == "relative":
+        return bias_ptr + head * (2 * longest - 1 + BIAS_PADDING)
+    else:
+        return 0.0
 
 
 @triton.jit
@@ -207,11 +227,7 @@ def attention_forward(
     key_base = key_ptr + row_long * stride_kb + head_long * stride_kn
     value_base = value_ptr + row_long * stride_vb + head_long * stride_vn
     queries = load_rows(query_base, first, stride_qs, num_queries, HEAD_DIM, BLOCK_M, BLOCK_D)
-    bias, seed = 0.0, 0
-    if BIAS == "alibi":
-        bias = tl.load(bias_ptr + head)
-    if BIAS == "relative":
-        bias = bias_ptr + head * (2 * longest - 1 + BIAS_PADDING)
+    bias, seed = head_bias(bias_ptr, head, longest, BIAS), 0
     if DROPS:
         seed = tl.load(seed_ptr)
 
