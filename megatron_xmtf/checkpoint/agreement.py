@@ -15,7 +15,7 @@ import torch.distributed
 
 from megatron_xmtf.errors import CheckpointWriteError, DiskFullError
 
-__all__ = ["Failure", "from_rank_zero", "gather", "raise_write_failures", "together"]
+__all__ = ["Failure", "from_rank_zero", "gather", "has_lost_contact", "raise_write_failures", "together"]
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -73,6 +73,14 @@ def gather(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, value)
     return gathered
+
+
+def has_lost_contact(error: BaseException) -> bool:
+    """Return whether another rank went away while this one exchanged something: nothing is wrong with what it read.
+
+    Gloo has no class for it: a bare RuntimeError names the source file of its transport.
+    """
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
 def raise_write_failures(failures: Mapping[int, Failure], what: str) -> None:

@@ -23,12 +23,12 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_xmtf.checkpoint.agreement import together
+from megatron_xmtf.checkpoint.agreement import has_lost_contact, together
 from megatron_xmtf.checkpoint.manifest import CheckpointManifest, open_manifest, verify_hashes
 from megatron_xmtf.checkpoint.optimizer_shards import StateBox, read_boxes
 from megatron_xmtf.checkpoint.reader import CheckpointReader, check_safe
 from megatron_xmtf.checkpoint.state import EXTRA_STATE, current_layout, model_state, set_rng_states, training_state
-from megatron_xmtf.errors import CheckpointError, CorruptCheckpointError
+from megatron_xmtf.errors import CheckpointError, CorruptCheckpointError, RankFailedError, XmtfError
 from megatron_xmtf.models.architecture import architecture_from_mapping
 
 __all__ = ["load_model_weights", "load_training_state", "share_of_files", "verify_together"]
@@ -43,6 +43,7 @@ def load_model_weights(
 
     Args:    verify: compare every file's SHA-256 with the manifest's first; sizes always are.
     Raises:  MissingError, CorruptCheckpointError: not there, not whole, unsafe. CheckpointError: another model.
+             RankFailedError: another rank ended meanwhile.
     """
     manifest = _open_checked(chunks, checkpoint, verify=verify)
     state = model_state(chunks)
@@ -161,8 +162,13 @@ def _read_boxes(boxes: Sequence[StateBox], checkpoint: Path) -> None:
         read_boxes(reader, boxes)
 
 
-def _cannot_load(checkpoint: Path, cause: BaseException) -> CorruptCheckpointError:
+def _cannot_load(checkpoint: Path, cause: BaseException) -> XmtfError:
     reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+    if has_lost_contact(cause):
+        return RankFailedError(
+            f"another rank ended while {checkpoint} was loaded: {reason}. The checkpoint is only read; look for the "
+            "error of the rank that ended, and start again."
+        )
     return CorruptCheckpointError(
         f"{checkpoint} cannot be loaded: {reason}. `xmtf inspect --deep {checkpoint}` tells whether it was altered."
     )

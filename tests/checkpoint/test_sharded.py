@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
+from megatron_xmtf.checkpoint import sharded
 from megatron_xmtf.config import RunConfig
 from megatron_xmtf.errors import (
     CheckpointError,
@@ -20,7 +22,9 @@ from megatron_xmtf.errors import (
     ConfigMismatchError,
     CorruptCheckpointError,
     DiskFullError,
+    ExitCode,
     MissingError,
+    RankFailedError,
 )
 from megatron_xmtf.parallel.launch import run_ranks
 from megatron_xmtf.parallel.topology import initialize_parallel
@@ -193,6 +197,24 @@ def test_without_distributed_optimizer(
     metrics = train_to(again, 2)
     for step in range(STOP + 1, STEPS + 1):
         assert metrics[step]["loss"] == pytest.approx(whole_metrics[step]["loss"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_rank_that_ends_during_a_load_is_not_taken_for_a_damaged_checkpoint(
+    wrapped: bool, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What gloo raises on the others, bare or among the causes of torch's own error.
+    lost = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:28045")
+    failure = CheckpointException("cannot read", {0: _wrap_exception(lost)}) if wrapped else lost
+
+    def load(*arguments: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(sharded.dist_checkpointing, "load", load)  # the rank is a fork of this process
+    _, config, _ = resumed(whole, tmp_path, 1, {})
+    with pytest.raises(RankFailedError, match="another rank ended while .* was loaded") as caught:
+        train_to(config, 1)
+    assert caught.value.exit_code == ExitCode.FAILED
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
