@@ -33,23 +33,31 @@ class WorkerPool:
 
     Args:  state: sent to each process once. setup: makes of it, once in each process, what the function gets; None:
            the state itself. Both functions stand in a module. max_ahead: tasks under way at most, however many workers.
+           after_fork: processes are forked, which saves seconds of imports, and call it first; this process must not
+           need locks of threads that a child inherits (tokenizers, OpenMP). None: they are spawned.
     """
 
     def __init__(
-        self, workers: int, *, state: Any, setup: Callable[[Any], Any] | None = None, max_ahead: int | None = None
+        self,
+        workers: int,
+        *,
+        state: Any,
+        setup: Callable[[Any], Any] | None = None,
+        max_ahead: int | None = None,
+        after_fork: Callable[[], None] | None = None,
     ) -> None:
-        self.workers, self.state, self.setup = workers, state, setup
+        self.workers, self.state, self.setup, self.after_fork = workers, state, setup, after_fork
         self._ahead = min(TASKS_PER_WORKER * workers, max_ahead or TASKS_PER_WORKER * workers)
         self._executor: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> WorkerPool:
         if self.workers > 1:
-            # spawn: a forked child would inherit the locks of tokenizer threads and of the progress bar.
+            # Spawned as a rule: a forked child inherits the locks of tokenizer threads and of the progress bar.
             self._executor = ProcessPoolExecutor(
                 self.workers,
-                mp_context=get_context("spawn"),
+                mp_context=get_context("spawn" if self.after_fork is None else "fork"),
                 initializer=_start_worker,
-                initargs=(self.state, self.setup),
+                initargs=(self.state, self.setup, self.after_fork),
             )
         return self
 
@@ -124,12 +132,14 @@ def _call(function: Callable[[Any, Task], Result], task: Task) -> Result:
     return function(_Worker.state, task)
 
 
-def _start_worker(state: Any, setup: Callable[[Any], Any] | None) -> None:
+def _start_worker(state: Any, setup: Callable[[Any], Any] | None, after_fork: Callable[[], None] | None) -> None:
     """Prepare a worker: one thread, signals to stop left to the parent, and an end when the parent is killed."""
     os.environ[PARALLELISM_VARIABLE] = "false"
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if after_fork is not None:
+        after_fork()
     _Worker.state = state if setup is None else setup(state)
 
 

@@ -19,6 +19,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_xmtf.allocator import keep_freed_memory
 from megatron_xmtf.checkpoint.manifest import FileEntry, finish_checkpoint
 from megatron_xmtf.checkpoint.safe_read import FORMATS, METADATA_NAME, check_metadata
 from megatron_xmtf.checkpoint.shard_writer import write_shard
@@ -45,7 +47,14 @@ from megatron_xmtf.files import disk_errors, write_json
 from megatron_xmtf.progress import Progress
 from megatron_xmtf.worker_pool import WorkerPool
 
-__all__ = ["FILE_BYTES", "CheckpointDescription", "WrittenCheckpoint", "processes_for", "write_checkpoint"]
+__all__ = [
+    "FILE_BYTES",
+    "CheckpointDescription",
+    "WrittenCheckpoint",
+    "begin_process",
+    "processes_for",
+    "write_checkpoint",
+]
 
 FILE_BYTES = 1 << 30
 """What a killed conversion loses at most, in each process; a 176B model has 330 files."""
@@ -116,6 +125,12 @@ def write_checkpoint(
     return written
 
 
+def begin_process(directory: WorkingDirectory) -> None:
+    """Be a forked process of a conversion: the lock is the parent's alone, OpenMP's threads did not come along."""
+    directory.release()
+    torch.set_num_threads(1)
+
+
 def processes_for(total_bytes: int) -> int:
     """Return how many processes write so much: a core each, up to 8, where they are worth their start."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -145,7 +160,7 @@ class _Writing:
         state = (open_source if workers > 1 else lambda: self.source, self.directory.path)
         with (
             Progress(what, total=round(total / 1e6), unit="MB", done=round(done / 1e6)) as progress,
-            WorkerPool(workers, state=state, setup=_Worker) as pool,
+            WorkerPool(workers, state=state, setup=_Worker, after_fork=partial(begin_process, self.directory)) as pool,
         ):
             for task, outcome in zip(todo, pool.map(_do, todo), strict=True):
                 if outcome is None or isinstance(task, Path):
@@ -258,6 +273,7 @@ class _Worker:
     """The source, opened in a process, with which it ends."""
 
     def __init__(self, state: tuple[OpenSource, Path]) -> None:
+        keep_freed_memory()
         open_source, self.directory = state
         self.source = open_source().__enter__()
         self.tensors = self.source.tensors

@@ -15,15 +15,17 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_xmtf.allocator import keep_freed_memory
 from megatron_xmtf.checkpoint.manifest import CheckpointManifest, verify_hashes
 from megatron_xmtf.checkpoint.reader import CheckpointReader
 from megatron_xmtf.checkpoint.row_ranges import CHUNK_BYTES
-from megatron_xmtf.conversion.checkpoint_parts import processes_for
+from megatron_xmtf.conversion.checkpoint_parts import begin_process, processes_for
 from megatron_xmtf.conversion.huggingface import convert_part
 from megatron_xmtf.conversion.mapping import MatchedParameter
 from megatron_xmtf.conversion.safetensors_file import SafetensorsFile
@@ -60,6 +62,7 @@ class _Opened:
     """A plan with the checkpoint and the files open; lives as long as its process."""
 
     def __init__(self, plan: ExportPlan) -> None:
+        keep_freed_memory()
         self.plan = plan
         self.stack = ExitStack()
         self.reader = self.stack.enter_context(CheckpointReader(plan.checkpoint))
@@ -92,7 +95,7 @@ def write_weights(
     workers = min(workers or processes_for(total), len(todo) or 1)
     with (
         Progress("export", total=round(total / 1e6), unit="MB", done=round(written / 1e6)) as progress,
-        WorkerPool(workers, state=plan, setup=_Opened) as pool,
+        WorkerPool(workers, state=plan, setup=_Opened, after_fork=partial(begin_process, directory)) as pool,
     ):
         for (number, _), _ in zip(todo, pool.map(_do, [task for _, task in todo]), strict=True):
             if number is None:
