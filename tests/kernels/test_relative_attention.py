@@ -109,6 +109,19 @@ def test_equals_segments_attended_alone(
         assert float((found[key] - gradient).abs().max() / gradient.abs().max()) <= 1e-5, key
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_of_the_reference_are_those_of_finite_differences(causal: bool) -> None:
+    """Of queries, keys, values, and the bias, which all segments of a row share."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.tensor([[1, 1, 2, 2, 0]])
+    visible = reference.find_dense_segments(numbers, numbers, causal=causal)
+    inputs = [torch.randn(5, 1, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    bias = torch.randn(2, 2 * 5 - 1, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *tensors: reference.relative_attention(*tensors, visible, scale=1.0), [*inputs, bias]
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_is_at_most_twice_as_far_off_as_torch(kind: str) -> None:
     exact = tensors(kind, torch.bfloat16)
