@@ -233,7 +233,7 @@ def _origin(
         {
             "name": path.name,
             "step": manifest.step,
-            "manifest_sha256": sha256_file(path / "manifest.json"),
+            "manifest_sha256": sha256_file(path / MANIFEST_NAME),
             "weight": share,
         }
         for path, manifest, share in zip(found, manifests, shares, strict=True)

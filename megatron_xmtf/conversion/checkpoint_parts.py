@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_xmtf.allocator import keep_freed_memory
 from megatron_xmtf.checkpoint.manifest import FileEntry, finish_checkpoint
-from megatron_xmtf.checkpoint.safe_read import FORMATS, METADATA_NAME, check_metadata
+from megatron_xmtf.checkpoint.safe_read import COMMON_NAME, FORMATS, METADATA_NAME, check_metadata
 from megatron_xmtf.checkpoint.shard_writer import write_shard
 from megatron_xmtf.conversion.tensor_source import SourceTensor, TensorSource, common_dtype
 from megatron_xmtf.data.journal import JOURNAL, Journal, input_identity
@@ -207,7 +207,7 @@ class _Writing:
         check_metadata(path, metadata)
         with open(path / METADATA_NAME, "wb") as stream:
             pickle.dump(metadata, stream)
-        torch.save({}, path / "common.pt")
+        torch.save({}, path / COMMON_NAME)
         write_json(path / "metadata.json", FORMATS)
         add_files(path)
         for name in (JOURNAL, LOCK):

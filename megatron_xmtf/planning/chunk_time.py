@@ -14,7 +14,7 @@ Source:  the traffic is counted from Megatron's kernels (`layer_work.py`); of th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megatron_xmtf.models.architecture import Architecture, BloomArchitecture
 from megatron_xmtf.planning.cluster import Cluster
@@ -57,15 +57,8 @@ class ChunkTime:
 
 def add_times(*times: tuple[int, ChunkTime]) -> ChunkTime:
     """Add up times, part by part: (how often, time)."""
-    return ChunkTime(
-        matmul=sum(count * one.matmul for count, one in times),
-        memory=sum(count * one.memory for count, one in times),
-        launch=sum(count * one.launch for count, one in times),
-        tensor=sum(count * one.tensor for count, one in times),
-        pipeline=sum(count * one.pipeline for count, one in times),
-        forward=sum(count * one.forward for count, one in times),
-        tensor_gigabytes=sum(count * one.tensor_gigabytes for count, one in times),
-    )
+    sums = {part.name: sum(count * getattr(one, part.name) for count, one in times) for part in fields(ChunkTime)}
+    return ChunkTime(**sums)
 
 
 def chunk_time(architecture: Architecture, chunk: ChunkShape, layout: Layout, cluster: Cluster) -> ChunkTime:
