@@ -33,7 +33,18 @@ from numpy.typing import NDArray
 from megatron_xmtf.data.loss_weights import LossNormalization, segment_positions, weigh_targets
 from megatron_xmtf.data.rows import Row
 
-__all__ = ["Batch", "LossNormalization", "build_batch"]
+__all__ = ["Batch", "LossNormalization", "build_batch", "move"]
+
+
+def move(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Return a tensor on `device`; on its way to a GPU through page-locked memory, so that nothing waits.
+
+    From other memory CUDA copies more than 64 KiB only when all that the GPU was given before is done: each micro-batch
+    would wait for the one before it. torch keeps the page-locked copy until the GPU has read it.
+    """
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -83,13 +94,13 @@ class Batch:
         """Return the batch with its tensors on `device`."""
         return replace(
             self,
-            tokens=self.tokens.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            segment_ids=self.segment_ids.to(device, non_blocking=True),
-            loss_weights=self.loss_weights.to(device, non_blocking=True),
-            loss_positions=self.loss_positions.to(device, non_blocking=True),
-            prefix_mask=None if self.prefix_mask is None else self.prefix_mask.to(device, non_blocking=True),
+            tokens=move(self.tokens, device),
+            labels=move(self.labels, device),
+            position_ids=move(self.position_ids, device),
+            segment_ids=move(self.segment_ids, device),
+            loss_weights=move(self.loss_weights, device),
+            loss_positions=move(self.loss_positions, device),
+            prefix_mask=None if self.prefix_mask is None else move(self.prefix_mask, device),
         )
 
 

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_xmtf.data.batch import move
 from megatron_xmtf.data.encoder_decoder_rows import EncoderDecoderRow
 from megatron_xmtf.data.loss_weights import LossNormalization, segment_positions, weigh_targets
 
@@ -100,7 +101,7 @@ class EncoderDecoderBatch:
 
     def to(self, device: torch.device | str) -> EncoderDecoderBatch:
         """Return the batch with its tensors on `device`."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}
+        moved = {name: move(getattr(self, name), device) for name in TENSORS}
         return replace(self, **moved)
 
 

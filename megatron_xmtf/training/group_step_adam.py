@@ -65,8 +65,9 @@ def fused_update(
 
     Args:    states: exp_avg and exp_avg_sq of each tensor. group: its `step` counts the update that is being done.
     """
-    # The kernel counts each of its step tensors up by one: a fresh one for every parameter.
-    steps = [torch.tensor(float(group["step"] - 1), device=parameter.device) for parameter in params]
+    # The kernel counts each of its step tensors up by one: a fresh one for every parameter, filled on the device, since
+    # each copy there would be waited for.
+    steps = list(torch.full((len(params),), float(group["step"] - 1), device=params[0].device).unbind())
     beta1, beta2 = group["betas"]
     adamw(
         list(params),

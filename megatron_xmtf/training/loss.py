@@ -24,7 +24,8 @@ def micro_batch_loss(batch: MicroBatch, losses: Tensor) -> tuple[Tensor, Tensor,
     Returns: weighted sum (scalar, with gradient), divisor (int32 scalar), and both as float64 [2] for the report.
     """
     weighted = (losses.float() * batch.loss_weights).sum()
-    units = torch.tensor(batch.num_loss_units, dtype=torch.int, device=losses.device)
+    # Filled on the device: a number copied there would wait for the forward pass to end.
+    units = torch.full((), batch.num_loss_units, dtype=torch.int, device=losses.device)
     report = torch.stack([weighted.detach().double(), units.double()])
     return weighted, units, report
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_xmtf.data.batch import build_batch
+from megatron_xmtf.data.batch import build_batch, move
 from megatron_xmtf.data.packing import pack_dataset
 from megatron_xmtf.data.rows import PackedRows, empty_row, pack_examples
 from tests.data.memory_dataset import MemoryDataset
@@ -139,3 +139,25 @@ def test_moving_keeps_what_is_not_a_tensor():
     batch = build_batch(rows_in_order([([6, 7], [8, 2])]), normalization="target_token")
     moved = batch.to("cpu")
     assert moved.rows is batch.rows and moved.num_loss_units == 2 and torch.equal(moved.tokens, batch.tokens)
+
+
+class OnTheWay:
+    """Stands for a tensor in the CPU's memory; says what is done to it."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.steps = []
+
+    def pin_memory(self):
+        self.steps.append("page-locked")
+        return self
+
+    def to(self, device, *, non_blocking):
+        self.steps.append((device, "not waited for" if non_blocking else "waited for"))
+        return self
+
+
+def test_a_gpu_is_given_page_locked_memory_and_nobody_waits():
+    assert move(OnTheWay(), "cuda:1").steps == ["page-locked", ("cuda:1", "not waited for")]
+    assert move(OnTheWay(), torch.device("cpu")).steps == [(torch.device("cpu"), "not waited for")]

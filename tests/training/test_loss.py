@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_xmtf.config.step_rows import StepRows
 from megatron_xmtf.data.batch import LossNormalization, build_batch
 from megatron_xmtf.data.loader import BatchLoader
 from megatron_xmtf.data.packing import pack_mixture
 from megatron_xmtf.data.rows import PackedRows, Row, pack_examples
+from megatron_xmtf.training.group_step_adam import GroupStepAdam
 from megatron_xmtf.training.loss import global_batch_loss, micro_batch_loss
 from tests.data.memory_dataset import random_dataset
 
@@ -136,3 +140,31 @@ def test_a_step_is_the_same_for_any_micro_batch_and_data_parallel_size(normaliza
                     if segment and segment == row.segment_ids[place - 1] and row.is_target[place]:
                         found.setdefault(int(row.dataset_ids[segment - 1]), []).append(int(row.tokens[place]) % 7)
             assert loss == pytest.approx(np.mean([np.mean(tokens) for tokens in found.values()]), rel=1e-6)
+
+
+class NumbersOfPython(TorchDispatchMode):
+    """Counts the tensors that are made of Python's numbers; on a GPU each is a copy that the CPU waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_neither_a_micro_batch_s_loss_nor_an_update_waits_for_the_device() -> None:
+    rows = [pack_examples([example], sequence_length=7, pad_id=0)[0] for example in EXAMPLES]
+    batch = build_batch(rows, normalization="target_token")
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(4)]
+    for parameter in parameters:
+        parameter.grad = torch.ones(3)
+    optimizer = GroupStepAdam(parameters)
+    with NumbersOfPython() as seen:
+        micro_batch_loss(batch, batch.labels.float())
+        optimizer.step()
+    assert seen.count == 0
+    with NumbersOfPython() as seen:
+        torch.tensor(1.0)
+    assert seen.count == 1, "a number of Python is seen"
