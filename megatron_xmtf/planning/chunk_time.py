@@ -20,18 +20,26 @@ from megatron_xmtf.models.architecture import Architecture, BloomArchitecture
 from megatron_xmtf.planning.cluster import Cluster
 from megatron_xmtf.planning.communication import tensor_traffic
 from megatron_xmtf.planning.layer_work import LayerWork, layer_work, work_key
-from megatron_xmtf.planning.layout import Layout
+from megatron_xmtf.planning.layout import HeadKind, Layout
 from megatron_xmtf.planning.matrix_products import linear_flops
 from megatron_xmtf.planning.memory_model import LOGITS_AT_ONCE
 from megatron_xmtf.planning.model_shape import ChunkShape
 
 __all__ = ["ChunkTime", "add_times", "chunk_time"]
 
-LOGIT_TRAFFIC = 24
-"""Bytes of memory traffic a logit, forward and backward, in half precision: our chunked head."""
-WHOLE_LOGIT_TRAFFIC = 54
-"""Of Megatron's cross-entropy over whole logits: written (2), made fp32 (6), maximum (4), subtracted (8), exponential
-(8), sum (4), divided (8); backward scaled (8) and made half (6)."""
+LOGIT_TRAFFIC: dict[tuple[HeadKind, int], tuple[float, float]] = {
+    # Two kernels: read; read and written.
+    ("fused", 2): (2, 4),
+    ("fused", 4): (4, 8),
+    # Plain torch: maximum (2), made fp32 (6), subtracted (8), exponential (8), sum (4); backward made fp32 (6),
+    # subtracted (8), exponential (8), scaled (8), made half (6). In fp32 nothing is converted.
+    ("chunked", 2): (28, 36),
+    ("chunked", 4): (24, 24),
+}
+"""Bytes of memory traffic a logit beside the products, (forward, backward), by the bytes of a number: our head."""
+WHOLE_LOGIT_TRAFFIC = (38, 14)
+"""Of Megatron's cross-entropy over whole logits: made fp32 (6), maximum (4), subtracted (8), exponential (8), sum (4),
+divided (8); backward scaled (8) and made half (6)."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,8 @@ def chunk_time(architecture: Architecture, chunk: ChunkShape, layout: Layout, cl
         for kind, count in chunk.layers
     ]
     if chunk.embeds:
-        parts.append((1, _embedding_time(architecture, layout, cluster)))
+        is_tied = isinstance(architecture, BloomArchitecture) or architecture.tied_head
+        parts.append((1, _embedding_time(architecture, layout, cluster, joins_head=chunk.answers and is_tied)))
     if chunk.answers:
         parts.append((1, _head_time(architecture, layout, cluster)))
     return add_times(*parts)
@@ -92,7 +101,7 @@ def _layer_time(work: LayerWork, layout: Layout, cluster: Cluster, *, is_causal:
         again_matmul, again_bytes = products + scores_forward, work.forward_bytes
     elif layout.recompute.granularity == "selective":
         again_matmul, again_bytes = scores_forward, work.score_forward_bytes
-    added = work.parameters * _accumulated_bytes(layout)
+    added = work.parameters * _accumulated_bytes(layout, can_fuse=True)
     passes = 2 if layout.recompute.granularity == "full" else 1
     sums_forward = tensor_traffic(layout, cluster, reduced_bytes=work.reduced_forward, sums=work.sums_forward)
     sums_backward = tensor_traffic(layout, cluster, reduced_bytes=work.reduced_backward, sums=work.sums_backward)
@@ -125,8 +134,12 @@ def _score_seconds(work: LayerWork, layout: Layout, cluster: Cluster, *, is_caus
     return work.score_flops / operations, 2 * work.score_flops / operations
 
 
-def _embedding_time(architecture: Architecture, layout: Layout, cluster: Cluster) -> ChunkTime:
-    """Return the time of looking words up, of the norm behind (BLOOM) and of the table's gradient, which is dense."""
+def _embedding_time(architecture: Architecture, layout: Layout, cluster: Cluster, *, joins_head: bool) -> ChunkTime:
+    """Return the time of looking words up, of the norm behind (BLOOM) and of the table's gradient, which is dense.
+
+    Args:    joins_head: table and head are one parameter of this rank: autograd sums both gradients before they are
+             added up, once, in the head's time.
+    """
     _, memory = _rates(layout, cluster)
     numbers = layout.micro_batch_size * sum(layout.sides) * architecture.hidden_size
     norm = isinstance(architecture, BloomArchitecture)
@@ -135,7 +148,8 @@ def _embedding_time(architecture: Architecture, layout: Layout, cluster: Cluster
     forward = numbers * (6 + 4 * norm + mask) * wide / memory
     backward = numbers * (10 + 10 * norm + mask) * wide / memory
     table = architecture.padded_vocab_size / layout.tp * architecture.hidden_size
-    backward += table * (layout.number_bytes + _accumulated_bytes(layout)) / memory
+    added = 3 * layout.number_bytes if joins_head else _accumulated_bytes(layout, can_fuse=False)
+    backward += table * (layout.number_bytes + added) / memory
     found = tensor_traffic(layout, cluster, reduced_bytes=numbers * layout.number_bytes, sums=1)
     return ChunkTime(
         memory=forward + backward,
@@ -150,31 +164,42 @@ def _head_time(architecture: Architecture, layout: Layout, cluster: Cluster) -> 
     operations, memory = _rates(layout, cluster)
     positions = float(layout.micro_batch_size * layout.sides[1])
     words = architecture.padded_vocab_size / layout.tp
-    again, logit_bytes = 0, WHOLE_LOGIT_TRAFFIC
+    again, pieces, wide = 0, 1, layout.number_bytes / 2
+    logit_forward, logit_backward = (part * wide for part in WHOLE_LOGIT_TRAFFIC)
     if not layout.engine.keeps_logits:
-        positions, logit_bytes = positions * layout.loss_fraction, LOGIT_TRAFFIC
+        positions *= layout.loss_fraction
+        logit_forward, logit_backward = LOGIT_TRAFFIC[layout.head, layout.number_bytes]
         # Beyond one chunk the logits are computed again in the backward pass.
-        again = 0 if positions * words <= LOGITS_AT_ONCE else 1
+        pieces = max(1, math.ceil(positions * words / LOGITS_AT_ONCE))
+        again = 0 if pieces == 1 else 1
     forward, backward = linear_flops(
         math.ceil(positions), architecture.hidden_size, math.ceil(words), multiprocessors=cluster.multiprocessors
     )
-    traffic = logit_bytes * layout.number_bytes / 2 * positions * words / memory
-    added = words * architecture.hidden_size * _accumulated_bytes(layout) / memory
+    traffic = (logit_forward + logit_backward) * positions * words / memory
+    # Our head's gradient is a parameter's like any other, which nothing adds up within the product.
+    can_fuse = layout.engine.keeps_logits
+    added = words * architecture.hidden_size * _accumulated_bytes(layout, can_fuse=can_fuse)
+    if again and layout.number_bytes == 2:
+        # The input's gradient, read, and added to an fp32 sum.
+        added += pieces * positions * architecture.hidden_size * 10
     # Each rank has the gradient from its own words.
     summed = tensor_traffic(
         layout, cluster, reduced_bytes=positions * architecture.hidden_size * layout.number_bytes, sums=1
     )
     return ChunkTime(
         matmul=((1 + again) * forward + backward) / operations,
-        memory=traffic + added,
+        memory=traffic + added / memory,
         tensor=summed.seconds,
-        forward=forward / operations + traffic / 2,
+        forward=forward / operations + logit_forward * positions * words / memory,
         tensor_gigabytes=summed.gigabytes,
     )
 
 
-def _accumulated_bytes(layout: Layout) -> float:
-    """Return the memory traffic of a parameter whose gradient is added up."""
+def _accumulated_bytes(layout: Layout, *, can_fuse: bool) -> float:
+    """Return the memory traffic of a parameter whose gradient is added up.
+
+    Args:    can_fuse: its gradient may be added up within the product that makes it.
+    """
     if layout.precision == "fp32":
         return 12
-    return 8 if layout.fuses_weight_gradient else layout.engine.accumulate_bytes
+    return 8 if layout.fuses_weight_gradient and can_fuse else layout.engine.accumulate_bytes

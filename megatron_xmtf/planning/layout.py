@@ -11,11 +11,13 @@ from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.errors import ConfigError
 from megatron_xmtf.planning.engine import MEGATRON_CORE, Engine
 
-__all__ = ["AttentionKind", "Layout", "attention_of", "check_batch", "layout_of"]
+__all__ = ["AttentionKind", "HeadKind", "Layout", "attention_of", "check_batch", "head_of", "layout_of"]
 
 AttentionKind = Literal["unfused", "reference", "sdpa", "fused"]
 """unfused: Megatron's fused softmax between two products, scores in half precision (the published rows). reference: our
 readable one, scores in fp32. sdpa: torch's, with a dense fp32 bias. fused: no scores in memory."""
+HeadKind = Literal["chunked", "fused"]
+"""What is done to logits around the products: in plain torch, or in two Triton kernels."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Layout:
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     offloads_optimizer: bool = False
     attention: AttentionKind = "reference"
+    head: HeadKind = "fused"
     dropout: bool = False
     loss_fraction: float = 1.0
     """Part of the positions that have a loss: the output layer is computed for these alone."""
@@ -98,6 +101,11 @@ def attention_of(config: RunConfig) -> AttentionKind:
     return kinds.get(config.kernels.attention, "fused")
 
 
+def head_of(config: RunConfig) -> HeadKind:
+    """Say what `kernels.head_loss` means on a GPU; `choose_head_loss` chooses the same."""
+    return "chunked" if config.kernels.head_loss == "chunked" else "fused"
+
+
 def check_batch(*, global_batch_size: int, micro_batch_size: int, dp: int) -> None:
     """Check that every data-parallel rank gets whole micro-batches.
 
@@ -147,6 +155,7 @@ def base_layout(
         optimizer=config.optimizer.name,
         offloads_optimizer=config.optimizer.offload == "cpu",
         attention=attention or attention_of(config),
+        head=head_of(config),
         dropout=bool(dropout.hidden_dropout or dropout.attention_dropout),
         loss_fraction=loss_fraction,
         fuses_weight_gradient=config.kernels.weight_gradient == "apex",

@@ -6,13 +6,19 @@
     activations  of each micro-batch in flight, what the layers keep (`layer_work.py`), and of one layer that is
                  recomputed at the moment; in 1F1B stage i of p holds min(m, p - i) micro-batches, interleaved with v
                  chunks min(2 (p - i - 1) + (v - 1) p + 1, m v) chunks
-    logits       plain: 10 bytes a logit (half precision, fp32, gradient). Ours: at positions with a loss, 2^28 at once
+    logits       published engines: 10 bytes each (half precision, fp32, gradient). Ours: 2 bytes each, of positions
+                 with a loss, at most 2^28; gradients of the head's weight and input (`head_bytes`)
     framework    `framework_gib` of the cluster
 
     recompute    what a layer keeps          and again, for one layer
     none         all                         nothing
     selective    all but the scores          the scores
     full         its input                   everything
+
+A parameter's gradient is made in half precision before it is added up. The largest are the table's of the first stage,
+alive when nothing of a layer is, and the head's, counted with the logits (where both are one parameter, autograd keeps
+the head's until the embedding has its own). Logits and a layer that is computed again are not held at the same moment:
+their sum is a bound.
 
 An encoder-decoder's stages pass one tensor [enc; dec] on: each micro-batch in flight keeps what came in and what goes
 out of a chunk.
@@ -35,6 +41,8 @@ __all__ = ["KINDS", "StageMemory", "chunks_in_flight", "head_bytes", "memory_by_
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "framework")
 LOGITS_AT_ONCE = 1 << 28
 """As `kernels/head_loss/chunked.py` has it on a GPU."""
+WIDE_AT_ONCE = 1 << 24
+"""Logits that are held in fp32 beside them by plain torch, as there."""
 PLAIN_LOGIT_BYTES = 10
 GIB = 2.0**30
 
@@ -126,6 +134,9 @@ def _held_bytes(
     if layout.engine.converts_gradients:
         # After the backward pass of a micro-batch, when nothing of a layer is alive.
         live = max(live, 4.0 * size.largest)
+    elif not layout.engine.keeps_logits and any(chunk.embeds for chunk in chunks):
+        table = architecture.padded_vocab_size / layout.tp * architecture.hidden_size
+        live = max(live, table * layout.number_bytes)
     return kept, live
 
 
@@ -193,16 +204,34 @@ def _live_bytes(architecture: Architecture, layout: Layout, chunk: ChunkShape) -
 
 
 def head_bytes(architecture: Architecture, layout: Layout, *, plain: bool | None = None) -> float:
-    """Return the bytes of the logits of one micro-batch on one rank.
+    """Return what the head holds at its worst moment, for one micro-batch on one rank, beside its weight and input.
 
-    BLOOM's 250,880 words at TP4, two rows of 2,048: plain 2.4 GiB; ours, a loss at every position, 1.4 GiB.
+    BLOOM's 250,880 words at TP4, two rows of 2,048, a loss at every position     plain         ours
+    logits                    4,096 x 62,720                                      2.39 GiB      0.48 GiB
+    gradient of the weight    62,720 x 14,336 x 2 bytes                           1.67 GiB      1.67 GiB
+    gradient of the input     4,096 x 14,336 x 2 bytes                            0.11 GiB      0.11 GiB
+
+    Beyond `LOGITS_AT_ONCE` logits the input's gradient is added up in fp32 beside each chunk's. Plain torch has a piece
+    of the logits in fp32, in half precision two (forward a copy, and what is left when the largest is taken off;
+    backward the next copy beside the last). Published engines hold gradients from step to step, and not here.
 
     Args:    plain: all logits at once; None: as the layout's engine does.
     """
     positions = layout.micro_batch_size * layout.sides[1]
-    words = architecture.padded_vocab_size / layout.tp
+    words, number = architecture.padded_vocab_size / layout.tp, layout.number_bytes
+    of_weight = words * architecture.hidden_size * number
     if layout.engine.keeps_logits if plain is None else plain:
-        return positions * words * (PLAIN_LOGIT_BYTES if layout.precision != "fp32" else 12)
-    at_once = min(positions * layout.loss_fraction * words, LOGITS_AT_ONCE)
-    # fp32 exponentials and the product that they come from.
-    return at_once * (4 + layout.number_bytes)
+        logits = positions * words * (PLAIN_LOGIT_BYTES if layout.precision != "fp32" else 12)
+        gradients = of_weight + positions * architecture.hidden_size * number
+        return logits + (0 if layout.engine.keeps_logits else gradients)
+    logits = positions * layout.loss_fraction * words
+    hidden = positions * layout.loss_fraction * architecture.hidden_size
+    forward = converted = part = 0.0
+    if layout.head == "chunked":
+        forward = min(logits, WIDE_AT_ONCE) * (8 if number == 2 else 4)
+        converted = 4 * min(logits, 2 * WIDE_AT_ONCE) if number == 2 else 0
+    summed = hidden * number
+    if logits > LOGITS_AT_ONCE:
+        summed, part = hidden * 4, hidden * number if number == 2 else 0
+    backward = of_weight + summed + max(part, converted)
+    return min(logits, LOGITS_AT_ONCE) * number + max(forward, backward)

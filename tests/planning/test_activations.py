@@ -1,7 +1,9 @@
-"""What the plan says a layer keeps for the backward pass, against what autograd keeps of a model that runs."""
+"""What the plan says is held for the backward pass, against what autograd and torch's allocator hold of what runs."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,13 +11,16 @@ import torch
 
 from megatron_xmtf.config.parallel import KernelsConfig, ParallelConfig, RecomputeConfig
 from megatron_xmtf.config.row_lengths import EncoderDecoderLengths
+from megatron_xmtf.kernels.head_loss import chunked
 from megatron_xmtf.models.architecture import Architecture, BloomArchitecture
 from megatron_xmtf.models.encoder_decoder_architecture import EncoderDecoderArchitecture
 from megatron_xmtf.models.registry import build_model
 from megatron_xmtf.parallel.launch import run_ranks
 from megatron_xmtf.parallel.topology import initialize_parallel
+from megatron_xmtf.planning import memory_model
 from megatron_xmtf.planning.layer_work import LayerWork, layer_work, work_key
 from megatron_xmtf.planning.layout import Layout
+from megatron_xmtf.planning.memory_model import head_bytes
 from megatron_xmtf.planning.model_shape import LayerKind
 
 ROWS, LENGTH, ENCODER, DECODER = 2, 96, 96, 64
@@ -118,3 +123,47 @@ def test_layers_of_an_encoder_decoder() -> None:
         work = planned(models[0], kind, ParallelConfig())
         wanted = work.kept_bytes - work.kept_score_bytes
         assert wanted <= (larger - measured[0]) / 2 <= 1.3 * wanted, kind
+
+
+def largest_allocated(run: Callable[[], None]) -> int:
+    """Return the most bytes that torch's CPU allocator held at once for what a function made."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    recorded = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(recorded, key=lambda event: event.start_ns()))
+    return max(held)
+
+
+@pytest.mark.parametrize("limit", [1 << 24, 1 << 18], ids=["at once", "in pieces"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_heads_worst_moment(precision: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """512 positions, 2,048 words, h = 128, forward and backward; beside it a dozen numbers a position."""
+    assert (memory_model.LOGITS_AT_ONCE, memory_model.WIDE_AT_ONCE) == (
+        chunked.LOGITS_AT_ONCE["cuda"],
+        chunked.WIDE_AT_ONCE,
+    )
+    for module in (memory_model, chunked):
+        monkeypatch.setattr(module, "WIDE_AT_ONCE", 1 << 16)
+    monkeypatch.setattr(memory_model, "LOGITS_AT_ONCE", limit)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    hidden, weight = (torch.randn(count, 128, dtype=dtype, requires_grad=True) for count in (512, 2048))
+    shard = chunked.VocabularyShard(first=0, count=2048)
+
+    def run() -> None:
+        labels = torch.arange(512)
+        chunked.head_loss(hidden, weight, labels, shard=shard, logits_at_once=limit).sum().backward()
+
+    held = largest_allocated(run)
+    architecture = BloomArchitecture(hidden_size=128, num_layers=1, num_attention_heads=4, vocab_size=2048)
+    layout = Layout(
+        gpus=1,
+        parallel=ParallelConfig(),
+        lengths=512,
+        micro_batch_size=1,
+        global_batch_size=1,
+        precision=precision,
+        head="chunked",
+    )
+    assert 0 <= held - head_bytes(architecture, layout) < 12 * 4 * 512
+    # Negative control: a number a logit is more than that.
+    assert 12 * 4 * 512 < min(512 * 2048, limit)

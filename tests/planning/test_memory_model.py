@@ -10,6 +10,7 @@ from megatron_xmtf.config.parallel import ParallelConfig, RecomputeConfig
 from megatron_xmtf.config.row_lengths import EncoderDecoderLengths
 from megatron_xmtf.models.architecture import BloomArchitecture
 from megatron_xmtf.planning.cluster import PRESETS
+from megatron_xmtf.planning.engine import ENGINES
 from megatron_xmtf.planning.layer_work import layer_work, work_key
 from megatron_xmtf.planning.layout import Layout
 from megatron_xmtf.planning.memory_model import GIB, head_bytes, memory_by_stage
@@ -79,14 +80,37 @@ def test_interleaving_holds_more_by_the_published_factor() -> None:
 
 
 def test_logits_of_250_thousand_words() -> None:
-    """BLOOM at TP4, two rows: 4,096 x 62,720 logits x 10 bytes plain; ours at most 2^28 at a time, of 4 + 2 bytes."""
+    """BLOOM at TP4, two rows: 4,096 x 62,720 logits, of 10 bytes in published engines, of 2 in ours, 2^28 at most.
+
+    Ours with the gradients that are made from them: of the weight, 62,720 x 14,336, and of the input.
+    """
     bloom = PUBLISHED["bloomz-176b"]
     chosen = layout(4, micro_batch_size=2)
-    assert head_bytes(bloom, chosen, plain=True) == 4096 * 62_720 * 10
-    assert head_bytes(bloom, chosen) == 4096 * 62_720 * 6
-    assert head_bytes(bloom, replace(chosen, loss_fraction=0.25)) == 1024 * 62_720 * 6
-    assert head_bytes(bloom, replace(chosen, micro_batch_size=16)) == 2**28 * 6
-    assert head_bytes(bloom, replace(chosen, micro_batch_size=16), plain=True) == 8 * 4096 * 62_720 * 10
+    of_weight, wide = 62_720 * 14_336 * 2, 2**24 * 4
+    assert head_bytes(bloom, replace(chosen, engine=ENGINES["deepspeed_bf16"])) == 4096 * 62_720 * 10
+    assert head_bytes(bloom, chosen, plain=True) == 4096 * 62_720 * 10 + of_weight + 4096 * 14_336 * 2
+    assert head_bytes(bloom, chosen) == 4096 * 62_720 * 2 + of_weight + 4096 * 14_336 * 2
+    quarter = replace(chosen, loss_fraction=0.25)
+    assert head_bytes(bloom, quarter) == 1024 * 62_720 * 2 + of_weight + 1024 * 14_336 * 2
+    # Plain torch: pieces of 2^24 logits in fp32, two beside the gradients.
+    assert head_bytes(bloom, replace(chosen, head="chunked")) == head_bytes(bloom, chosen) + 2 * wide
+    # Beyond 2^28 logits: the input's gradient in fp32, and the part of one chunk.
+    many = replace(chosen, micro_batch_size=16)
+    assert head_bytes(bloom, many) == 2**28 * 2 + of_weight + 32_768 * 14_336 * (4 + 2)
+    in_fp32 = head_bytes(bloom, replace(many, precision="fp32", head="chunked"))
+    assert in_fp32 == 2**28 * 4 + 2 * of_weight + 32_768 * 14_336 * 4
+
+
+def test_the_gradient_of_the_words_is_alive_behind_the_layers() -> None:
+    """BLOOM-7b1 on one rank, full recomputation: 2 x 250,880 x 4,096 bytes, more than a layer of one row keeps."""
+    bloom = PUBLISHED["bloomz-7b1"]
+    chosen = layout(granularity="full", attention="fused", dropout=False)
+    (stage,) = memory_by_stage(bloom, chosen, PRESETS["h200"])
+    inputs, border = 30 * 2048 * 4096 * 2, 3 * 2048 * 4096 * 2
+    assert stage.activations == inputs + border + 250_880 * 4096 * 2
+    # Sixteen rows keep 32 b s h, twice as much as the table's gradient.
+    (stage,) = memory_by_stage(bloom, replace(chosen, micro_batch_size=16, global_batch_size=1024), PRESETS["h200"])
+    assert stage.activations == 16 * (inputs + border + 32 * 2048 * 4096)
 
 
 def test_recomputation_orders_memory() -> None:

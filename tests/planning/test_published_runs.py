@@ -322,8 +322,9 @@ def megatron_layout(row: tuple[object, ...], *, recompute: str, sequence_paralle
         attention="unfused",
         dropout=True,
         fuses_weight_gradient=True,
-        # Megatron-LM of 2022 let tensor-parallel ranks send a part each, and gather it again over NVLink.
-        engine=replace(MEGATRON_CORE, splits_pipeline=True),
+        # Megatron-LM of 2022 let tensor-parallel ranks send a part each, and gather it again over NVLink. Its logits
+        # were whole.
+        engine=replace(MEGATRON_CORE, splits_pipeline=True, keeps_logits=True),
     )
     return architecture, layout
 

@@ -1,7 +1,7 @@
 """Choose who computes the head's loss, once, and say which.
 
 kernels.head_loss   device   bytes moved a logit, forward and backward, beside the products
-chunked             any      40, plain torch                              auto on a CPU
+chunked             any      64, plain torch                              auto on a CPU
 fused               cuda     6, Triton                                    auto on a GPU where Triton can run
 """
 

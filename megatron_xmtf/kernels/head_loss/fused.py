@@ -4,9 +4,10 @@
     `logit_statistics`    reads them once:            largest, sum of exp(logit - largest), that of the label
     `logit_gradient`      turns them into gradients   (softmax - onehot(label)) * gradient of the loss, in their place
 
-Plain torch goes over them several times: some 14 bytes a logit in the forward pass after the product's own 2, and 26 in
-the backward pass, where these kernels move 2 and 4. For 2,048 positions, 250,880 words and bf16 that is 20 GB less a
-micro-batch, 5 ms of an H200's memory beside 10 ms of products at h = 2,048 and 600 TFLOP/s. Computed, not measured.
+Plain torch goes over them several times: 28 bytes a logit in the forward pass and 36 in the backward pass
+(`planning/chunk_time.py` lists them), where these kernels move 2 and 4. For 2,048 positions, 250,880 words and bf16
+that is 30 GB less a micro-batch, 8 ms of an H200's memory beside 10 ms of products at h = 2,048 and 600 TFLOP/s.
+Computed, not measured.
 """
 
 from __future__ import annotations
