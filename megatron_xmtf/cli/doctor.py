@@ -172,6 +172,7 @@ def examine_engine(found: dict[str, Any]) -> None:
     import torch
 
     from megatron_xmtf.errors import XmtfError
+    from megatron_xmtf.kernels.segment_attention.available import why_not_fused
     from megatron_xmtf.parallel.launch import joined_by_launcher, run_ranks
 
     has_gpu = torch.cuda.is_available()
@@ -188,6 +189,9 @@ def examine_engine(found: dict[str, Any]) -> None:
             found["problems"].append(f"{count} local ranks could not work together: {error}")
     found["device"] = examine_device()
     found["kernels"] = examine_kernels()
+    obstacle = why_not_fused(device="cuda") if has_gpu else None
+    if obstacle is not None:
+        found["notes"].append(f"our Triton kernels are not chosen: {obstacle}")
 
 
 def meet() -> float:
@@ -234,6 +238,7 @@ def examine_kernels() -> dict[str, dict[str, str]]:
 
     from megatron_xmtf.kernels.activation import choose_activation
     from megatron_xmtf.kernels.adam import choose_adam
+    from megatron_xmtf.kernels.bias_dropout_add import choose_bias_dropout_add
     from megatron_xmtf.kernels.head_loss import choose_head_loss
     from megatron_xmtf.kernels.packed_attention import choose_packed_attention
     from megatron_xmtf.kernels.relative_attention import choose_relative_attention
@@ -246,12 +251,14 @@ def examine_kernels() -> dict[str, dict[str, str]]:
         "bf16": choose_packed_attention("auto", precision="bf16"),
     }
     head = choose_head_loss("auto").__module__.rsplit(".", 1)[-1]
+    sums = choose_bias_dropout_add("auto").__module__.rsplit(".", 1)[-1]
     activation = choose_activation("auto", is_tanh_gelu=True)
     relative = choose_relative_attention("auto").name
     return {
         "packed attention": {precision: attention.name for precision, attention in chosen.items()},
         "attention of encoder and decoder": {"fp32": relative, "bf16": relative},
         "head and loss": {"fp32": head, "bf16": head},
+        "bias, dropout and residual": {"fp32": sums, "bf16": sums},
         "activation": {"fp32": activation, "bf16": activation},
         # Main parameters are fp32 whatever the precision.
         "adam": {"fp32": adam},

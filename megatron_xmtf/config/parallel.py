@@ -181,19 +181,26 @@ class RecomputeConfig(Section):
 
 
 class KernelsConfig(Section):
-    """Which implementation of each operation runs; decided once at start and printed."""
+    """Which implementation of each operation runs; decided once at start and printed.
+
+    Each is `auto`, `reference` (readable torch, the oracle of the others) or a name.
+    """
 
     attention: Literal["auto", "reference", "sdpa", "segments", "fused"] = "auto"
     """Attention within the segments of packed rows. auto: on a CPU segments; on a GPU fused, our Triton kernels, or
     where Triton cannot run sdpa (decoder models in fp32) and reference."""
-    head_loss: Literal["auto", "chunked", "fused"] = "auto"
-    """Loss over the vocabulary. auto: on a GPU fused, where Triton can run; else chunked, plain torch."""
-    activation: Literal["auto", "torch", "megatron_core"] = "auto"
+    head_loss: Literal["auto", "reference", "chunked", "fused"] = "auto"
+    """Loss over the vocabulary. auto: on a GPU fused, where Triton can run; else chunked, plain torch. reference holds
+    all logits of a micro-batch at once."""
+    bias_dropout_add: Literal["auto", "reference", "fused"] = "auto"
+    """What a layer adds to its residual: bias, dropout, sum. auto: on a GPU fused, one Triton kernel, where Triton can
+    run; else plain torch."""
+    activation: Literal["auto", "reference", "torch", "megatron_core"] = "auto"
     """Bias and tanh-GELU, plain or gated. auto: on a GPU Megatron-Core's compiled ones, where Triton can run; else
-    torch."""
-    adam: Literal["auto", "torch", "transformer_engine", "apex"] = "auto"
-    """Whose fused AdamW. auto: on a GPU the first that can be imported of Transformer Engine and NVIDIA's apex, else
-    torch. The checkpoints are the same."""
-    weight_gradient: Literal["auto", "torch", "apex"] = "auto"
+    torch, which is the reference."""
+    adam: Literal["auto", "reference", "torch", "transformer_engine", "apex"] = "auto"
+    """Whose AdamW. auto: on a GPU the first that can be imported of Transformer Engine and NVIDIA's apex, else torch's
+    fused kernel. reference: torch's loop over parameters and operations. The checkpoints are the same."""
+    weight_gradient: Literal["auto", "reference", "torch", "apex"] = "auto"
     """Who adds a weight's gradient to its fp32 main gradient. auto: on a GPU NVIDIA's apex, within the matrix product,
-    if its extension can be imported; else torch."""
+    if its extension can be imported; else torch, which is the reference."""

@@ -139,11 +139,11 @@ class RunConfig(Section):
                 f"logging.profile asks for steps {profile.start} to {profile.start + profile.steps - 1}, the run has "
                 f"{self.train_steps}"
             )
-        if self.kernels.adam in ("transformer_engine", "apex") and (
+        if self.kernels.adam in ("reference", "transformer_engine", "apex") and (
             self.optimizer.name != "adamw" or self.optimizer.offload == "cpu"
         ):
             raise ValueError(
-                f"kernels.adam={self.kernels.adam} updates on a GPU with AdamW; optimizer.name is "
+                f"kernels.adam={self.kernels.adam} updates by AdamW where the parameters are; optimizer.name is "
                 f"{self.optimizer.name}, optimizer.offload {self.optimizer.offload}: leave kernels.adam out"
             )
         if self.optimizer.name == "adafactor" and parallel.use_distributed_optimizer:

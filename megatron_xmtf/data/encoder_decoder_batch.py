@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ class EncoderDecoderBatch:
 
     def to(self, device: torch.device | str) -> EncoderDecoderBatch:
         """Return the batch with its tensors on `device`."""
-        moved = {name: move(getattr(self, name), device) for name in TENSORS}
+        moved: dict[str, Any] = {name: move(getattr(self, name), device) for name in TENSORS}
         return replace(self, **moved)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, ModelType
@@ -31,6 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from megatron_xmtf.kernels.bias_dropout_add import BiasDropoutAdd
 from megatron_xmtf.kernels.head_loss import HeadLoss
 from megatron_xmtf.kernels.packed_attention import PackedAttention
 from megatron_xmtf.kernels.packed_attention.reference import alibi_slopes
@@ -38,6 +38,7 @@ from megatron_xmtf.models.architecture import BloomArchitecture
 from megatron_xmtf.models.attention import PackedCoreAttention
 from megatron_xmtf.models.head import VocabularyHead
 from megatron_xmtf.models.norm import LayerNorm
+from megatron_xmtf.models.residual import bias_dropout_add_seam
 
 __all__ = ["BloomModel"]
 
@@ -77,8 +78,8 @@ class BloomEmbedding(MegatronModule):
 class BloomModel(LanguageModule):
     """One pipeline stage (or virtual chunk) of a BLOOM.
 
-    Args:  config: Megatron-Core's. architecture: the whole model. attention, head_loss: the chosen kernels.
-           pre_process: this chunk embeds. post_process: this chunk computes logits and losses.
+    Args:  config: Megatron-Core's. architecture: the whole model. attention, head_loss, bias_dropout_add: the chosen
+           kernels. pre_process: this chunk embeds. post_process: this chunk computes logits and losses.
            vp_stage: number of this chunk on its rank, None without a virtual pipeline.
     """
 
@@ -89,6 +90,7 @@ class BloomModel(LanguageModule):
         *,
         attention: PackedAttention,
         head_loss: HeadLoss,
+        bias_dropout_add: BiasDropoutAdd,
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
@@ -104,7 +106,7 @@ class BloomModel(LanguageModule):
             self.embedding = BloomEmbedding(config, architecture)
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_spec(config, attention, vp_stage),
+            spec=block_spec(config, attention, bias_dropout_add, vp_stage),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -159,9 +161,10 @@ class BloomModel(LanguageModule):
 
 
 def block_spec(
-    config: TransformerConfig, attention: PackedAttention, vp_stage: int | None
+    config: TransformerConfig, attention: PackedAttention, bias_dropout_add: BiasDropoutAdd, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     """Describe the layers of one chunk to Megatron-Core."""
+    seam = bias_dropout_add_seam(bias_dropout_add)
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -175,7 +178,7 @@ def block_spec(
                     linear_proj=tensor_parallel.RowParallelLinear,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=seam,
             pre_mlp_layernorm=LayerNorm,
             mlp=ModuleSpec(
                 module=MLP,
@@ -183,7 +186,7 @@ def block_spec(
                     linear_fc1=tensor_parallel.ColumnParallelLinear, linear_fc2=tensor_parallel.RowParallelLinear
                 ),
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=seam,
         ),
     )
     count = get_num_layers_to_build(config, vp_stage=vp_stage)

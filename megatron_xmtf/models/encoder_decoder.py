@@ -27,7 +27,7 @@ from torch import Tensor
 from megatron_xmtf.config.schema import RecomputeConfig
 from megatron_xmtf.kernels.head_loss import HeadLoss
 from megatron_xmtf.models.encoder_decoder_architecture import EncoderDecoderArchitecture
-from megatron_xmtf.models.encoder_decoder_layers import AttentionSettings, TokenEmbedding
+from megatron_xmtf.models.encoder_decoder_layers import LayerSettings, TokenEmbedding
 from megatron_xmtf.models.encoder_decoder_stack import LayerRunner, Stack
 from megatron_xmtf.models.head import VocabularyHead
 from megatron_xmtf.models.relative_bias import give_unused_table_zeros
@@ -39,7 +39,7 @@ __all__ = ["EncoderDecoderModel"]
 class EncoderDecoderModel(LanguageModule):
     """One pipeline stage (or virtual chunk) of an encoder-decoder.
 
-    Args:  config: Megatron-Core's. architecture: the whole model. settings: of attention. head_loss: the chosen kernel.
+    Args:  config: Megatron-Core's. architecture: the whole model. settings: of layers. head_loss: the chosen kernel.
            place: which part this is. recompute: which layers are computed again in the backward pass.
     """
 
@@ -48,7 +48,7 @@ class EncoderDecoderModel(LanguageModule):
         config: TransformerConfig,
         architecture: EncoderDecoderArchitecture,
         *,
-        settings: AttentionSettings,
+        settings: LayerSettings,
         head_loss: HeadLoss,
         place: ChunkPlace,
         recompute: RecomputeConfig,

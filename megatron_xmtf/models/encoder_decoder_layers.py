@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.attention import (
     CrossAttention,
@@ -33,11 +32,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from megatron_xmtf.kernels.bias_dropout_add import BiasDropoutAdd
 from megatron_xmtf.kernels.relative_attention import RelativeAttention
 from megatron_xmtf.models.encoder_decoder_architecture import EncoderDecoderArchitecture
 from megatron_xmtf.models.norm import LayerNorm
+from megatron_xmtf.models.residual import bias_dropout_add_seam
 
-__all__ = ["AttentionSettings", "RMSNorm", "TokenEmbedding", "build_layer", "norm_class", "own_dropout"]
+__all__ = ["LayerSettings", "RMSNorm", "TokenEmbedding", "build_layer", "norm_class", "own_dropout"]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -55,10 +56,11 @@ def norm_class(architecture: EncoderDecoderArchitecture) -> type[nn.Module]:
 
 
 @dataclass(frozen=True)
-class AttentionSettings:
-    """How scores are made and kept; the same for all layers."""
+class LayerSettings:
+    """What layers compute with, and how scores are made and kept; the same for all."""
 
     attention: RelativeAttention
+    bias_dropout_add: BiasDropoutAdd
     scale: float
     """Of scores: head_dim^-0.5, or 1 for T5."""
     recompute: bool
@@ -78,7 +80,7 @@ class SegmentCoreAttention(nn.Module):
         layer_number: int,
         attn_mask_type: Any,
         attention_type: str,
-        settings: AttentionSettings,
+        settings: LayerSettings,
         **unused: Any,
     ) -> None:
         super().__init__()
@@ -170,7 +172,7 @@ class TokenEmbedding(MegatronModule):
 def build_layer(
     config: TransformerConfig,
     architecture: EncoderDecoderArchitecture,
-    settings: AttentionSettings,
+    settings: LayerSettings,
     *,
     crosses: bool,
     layer_number: int,
@@ -179,7 +181,7 @@ def build_layer(
     """Build one layer; crosses: of the decoder, with cross-attention. layer_number: as Megatron-Core counts it."""
     norm = norm_class(architecture)
     core, column = partial(SegmentCoreAttention, settings=settings), tensor_parallel.ColumnParallelLinear
-    row = tensor_parallel.RowParallelLinear
+    row, seam = tensor_parallel.RowParallelLinear, bias_dropout_add_seam(settings.bias_dropout_add)
     across = ModuleSpec(
         module=CrossAttention,
         params={"attn_mask_type": AttnMaskType.padding},
@@ -192,12 +194,12 @@ def build_layer(
             params={"attn_mask_type": AttnMaskType.causal if crosses else AttnMaskType.padding},
             submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=core, linear_proj=row),
         ),
-        self_attn_bda=get_bias_dropout_add,
+        self_attn_bda=seam,
         pre_cross_attn_layernorm=norm if crosses else IdentityOp,
         cross_attention=across if crosses else IdentityOp,
-        cross_attn_bda=get_bias_dropout_add if crosses else IdentityFuncOp,
+        cross_attn_bda=seam if crosses else IdentityFuncOp,
         pre_mlp_layernorm=norm,
         mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=DroppingRowParallelLinear)),
-        mlp_bda=get_bias_dropout_add,
+        mlp_bda=seam,
     )
     return TransformerLayer(config, submodules, layer_number=layer_number, vp_stage=vp_stage)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megatron_xmtf.config.schema import RecomputeConfig
 from megatron_xmtf.models.encoder_decoder_architecture import EncoderDecoderArchitecture
 from megatron_xmtf.models.encoder_decoder_layers import (
-    AttentionSettings,
+    LayerSettings,
     TokenEmbedding,
     build_layer,
     norm_class,
@@ -120,7 +120,7 @@ class Stack(MegatronModule):
         self,
         config: TransformerConfig,
         architecture: EncoderDecoderArchitecture,
-        settings: AttentionSettings,
+        settings: LayerSettings,
         *,
         side: Literal["encoder", "decoder"],
         layers: list[int],

@@ -136,8 +136,9 @@ def _engine_settings(parallel: ParallelConfig, precision: Precision, kernels: Ke
         # and gradient without an error when a virtual pipeline makes both neighbours one rank.
         "batch_p2p_comm": torch.cuda.is_available(),
         "gradient_accumulation_fusion": weight_gradient == "apex",
-        # These fusions need apex or go through torch.compile.
+        # Of Megatron-Core's own attention, which no model here has.
         "masked_softmax_fusion": False,
+        # Read by nobody: `models/residual.py` has what was chosen.
         "bias_dropout_fusion": False,
         # The loss function returns sum and divisor; Megatron-Core divides by the global batch's total.
         "calculate_per_token_loss": True,

@@ -13,13 +13,14 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.module import Float16Module
 
 from megatron_xmtf.config.schema import DropoutConfig, KernelsConfig, ParallelConfig, RecomputeConfig
+from megatron_xmtf.kernels.bias_dropout_add import choose_bias_dropout_add
 from megatron_xmtf.kernels.head_loss import choose_head_loss
 from megatron_xmtf.kernels.packed_attention import choose_packed_attention
 from megatron_xmtf.kernels.relative_attention import choose_relative_attention
 from megatron_xmtf.models.architecture import Architecture, BloomArchitecture
 from megatron_xmtf.models.bloom import BloomModel
 from megatron_xmtf.models.encoder_decoder import EncoderDecoderModel
-from megatron_xmtf.models.encoder_decoder_layers import AttentionSettings
+from megatron_xmtf.models.encoder_decoder_layers import LayerSettings
 from megatron_xmtf.models.engine_settings import DTYPES, Precision, transformer_config
 from megatron_xmtf.models.stages import ChunkPlace, stage_layers
 
@@ -51,6 +52,7 @@ def build_model(
         architecture, parallel=parallel, precision=precision, recompute=recompute, dropout=dropout, kernels=kernels
     )
     head_loss = choose_head_loss(kernels.head_loss)
+    bias_dropout_add = choose_bias_dropout_add(kernels.bias_dropout_add)
     chunks: list[torch.nn.Module]
     if isinstance(architecture, BloomArchitecture):
         attention = choose_packed_attention(kernels.attention, precision=precision, head_dim=architecture.head_dim)
@@ -60,6 +62,7 @@ def build_model(
                 architecture,
                 attention=attention,
                 head_loss=head_loss,
+                bias_dropout_add=bias_dropout_add,
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
                 vp_stage=vp_stage,
@@ -68,8 +71,9 @@ def build_model(
         ]
     else:
         lengths = {"encoder_length": encoder_length, "decoder_length": decoder_length}
-        settings = AttentionSettings(
+        settings = LayerSettings(
             attention=choose_relative_attention(kernels.attention, head_dim=architecture.head_dim),
+            bias_dropout_add=bias_dropout_add,
             scale=architecture.head_dim**-0.5 if architecture.attention_scaling else 1.0,
             recompute=recompute.granularity == "selective",
         )

@@ -16,7 +16,7 @@ __all__ = ["AttentionKind", "HeadKind", "Layout", "attention_of", "check_batch",
 AttentionKind = Literal["unfused", "reference", "sdpa", "fused"]
 """unfused: Megatron's fused softmax between two products, scores in half precision (the published rows). reference: our
 readable one, scores in fp32. sdpa: torch's, with a dense fp32 bias. fused: no scores in memory."""
-HeadKind = Literal["chunked", "fused"]
+HeadKind = Literal["reference", "chunked", "fused"]
 """What is done to logits around the products: in plain torch, or in two Triton kernels."""
 
 
@@ -103,7 +103,7 @@ def attention_of(config: RunConfig) -> AttentionKind:
 
 def head_of(config: RunConfig) -> HeadKind:
     """Say what `kernels.head_loss` means on a GPU; `choose_head_loss` chooses the same."""
-    return "chunked" if config.kernels.head_loss == "chunked" else "fused"
+    return "fused" if config.kernels.head_loss == "auto" else config.kernels.head_loss
 
 
 def check_batch(*, global_batch_size: int, micro_batch_size: int, dp: int) -> None:

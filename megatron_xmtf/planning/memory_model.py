@@ -226,6 +226,8 @@ def head_bytes(architecture: Architecture, layout: Layout, *, plain: bool | None
         return logits + (0 if layout.engine.keeps_logits else gradients)
     logits = positions * layout.loss_fraction * words
     hidden = positions * layout.loss_fraction * architecture.hidden_size
+    if layout.head == "reference":
+        return logits * (PLAIN_LOGIT_BYTES if number == 2 else 12) + of_weight + hidden * number
     forward = converted = part = 0.0
     if layout.head == "chunked":
         forward = min(logits, WIDE_AT_ONCE) * (8 if number == 2 else 4)

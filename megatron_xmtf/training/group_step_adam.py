@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-__all__ = ["GroupStepAdam", "fused_update"]
+__all__ = ["GroupStepAdam", "ReferenceAdam", "update"]
 
 
 class GroupStepAdam(torch.optim.Optimizer):
@@ -37,6 +37,8 @@ class GroupStepAdam(torch.optim.Optimizer):
         assert adam_w_mode, "only decoupled weight decay is offered"
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
 
+    has_fused_kernel = True
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
@@ -50,22 +52,35 @@ class GroupStepAdam(torch.optim.Optimizer):
                 if not self.state[parameter]:
                     self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
                     self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
-            fused_update(
+            update(
                 params,
                 [_gradient(parameter) for parameter in params],
                 [self.state[parameter] for parameter in params],
                 group=group,
+                fused=self.has_fused_kernel,
             )
 
 
-def fused_update(
-    params: Sequence[Tensor], gradients: Sequence[Tensor], states: Sequence[dict[str, Tensor]], *, group: dict[str, Any]
+class ReferenceAdam(GroupStepAdam):
+    """`GroupStepAdam` by torch's loop over parameters and operations: the reference of the fused ones."""
+
+    has_fused_kernel = False
+
+
+def update(
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[dict[str, Tensor]],
+    *,
+    group: dict[str, Any],
+    fused: bool = True,
 ) -> None:
-    """Update tensors in place by torch's fused AdamW kernel, with the settings and the step of a parameter group.
+    """Update tensors in place by torch's AdamW, with the settings and the step of a parameter group.
 
     Args:    states: exp_avg and exp_avg_sq of each tensor. group: its `step` counts the update that is being done.
+             fused: all in one kernel; else a loop over parameters and operations.
     """
-    # The kernel counts each of its step tensors up by one: a fresh one for every parameter, filled on the device, since
+    # torch counts each of its step tensors up by one: a fresh one for every parameter, filled on the device, since
     # each copy there would be waited for.
     steps = list(torch.full((len(params),), float(group["step"] - 1), device=params[0].device).unbind())
     beta1, beta2 = group["betas"]
@@ -77,7 +92,7 @@ def fused_update(
         [],
         steps,
         foreach=False,
-        fused=True,
+        fused=fused,
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_xmtf.training.group_step_adam import GroupStepAdam, fused_update
+from megatron_xmtf.training.group_step_adam import GroupStepAdam, update
 
 __all__ = ["OffloadedAdam"]
 
@@ -59,7 +59,7 @@ class OffloadedAdam(GroupStepAdam):
             if name not in state or state[name].device.type != "cpu":
                 state[name] = _in_cpu_memory(state[name] if name in state else torch.zeros(parameter.shape))
         weight, staged_gradient = self._stage(parameter), self._stage(gradient, row=1)
-        fused_update([weight], [staged_gradient], [state], group=group)
+        update([weight], [staged_gradient], [state], group=group)
         parameter.copy_(weight)
 
     def _stage(self, tensor: Tensor, *, row: int = 0) -> Tensor:

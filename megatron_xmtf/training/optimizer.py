@@ -15,7 +15,7 @@ from megatron_xmtf.config.schema import OptimizerConfig, RunConfig
 from megatron_xmtf.kernels.adam import choose_adam, import_fused_adam
 from megatron_xmtf.models.registry import DTYPES
 from megatron_xmtf.training.factored_state import wrap_adafactor
-from megatron_xmtf.training.group_step_adam import GroupStepAdam
+from megatron_xmtf.training.group_step_adam import GroupStepAdam, ReferenceAdam
 from megatron_xmtf.training.offloaded_adam import OffloadedAdam
 
 __all__ = ["GroupStepAdam", "apply_settings", "build_optimizer", "set_learning_rate"]
@@ -97,6 +97,8 @@ def _install(config: RunConfig) -> None:
     library = choose_adam(config.kernels.adam, has_cuda=torch.cuda.is_available())
     if library == "torch":
         _install_group_step_adam()
+    elif library == "reference":
+        _install_adam(ReferenceAdam)
     else:
         _install_adam(import_fused_adam(library), is_transformer_engine=library == "transformer_engine")
 

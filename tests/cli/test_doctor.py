@@ -42,6 +42,7 @@ def test_this_machine_can_start_a_run(capsys: pytest.CaptureFixture[str], tmp_pa
         "packed attention": {"fp32": "segments", "bf16": "segments"},
         "attention of encoder and decoder": {"fp32": "segments", "bf16": "segments"},
         "head and loss": {"fp32": "chunked", "bf16": "chunked"},
+        "bias, dropout and residual": {"fp32": "reference", "bf16": "reference"},
         "activation": {"fp32": "torch", "bf16": "torch"},
         "adam": {"fp32": "torch"},
         "weight gradients": {"fp32": "torch"},

@@ -35,6 +35,9 @@ def few_cases() -> Iterator[tuple[str, dict[str, Any]]]:
         yield kernel, {"precision": "bf16", "head_dim": 64, "bias": "relative", "drops": False}
     yield "query_gradient", {"precision": "fp32", "head_dim": 128, "bias": "alibi", "drops": False}
     yield "bias_gradient", {"precision": "bf16", "head_dim": 64, "bias": "relative", "drops": False}
+    for kernel in (*ATTENTION, "bias_gradient"):  # what a launch makes of rows of one token: see `compile_attention`
+        given = {"precision": "bf16", "head_dim": 80, "bias": "relative", "drops": False}
+        yield kernel, {**given, "length": 1}
 
 
 def all_cases(precision: str, head_dim: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -47,8 +50,13 @@ def all_cases(precision: str, head_dim: int) -> Iterator[tuple[str, dict[str, An
         yield "bias_gradient", {**given, "bias": "relative"}
 
 
-def compile_attention(name: str, *, precision: str, head_dim: int, bias: Any, drops: bool) -> dict[str, Any]:
-    """Compile one kernel as `attend.py` launches it, for rows of odd lengths and strides that 16 divides."""
+def compile_attention(
+    name: str, *, precision: str, head_dim: int, bias: Any, drops: bool, length: int | None = None
+) -> dict[str, Any]:
+    """Compile one kernel as `attend.py` launches it, for rows of odd lengths and strides that 16 divides.
+
+    Args:  length: of rows: 1, which Triton compiles in as it does every integer that is 1; None: known at the launch.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -64,6 +72,8 @@ def compile_attention(name: str, *, precision: str, head_dim: int, bias: Any, dr
         **{"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "BLOCK": blocks.queries},
         "PRECISION": "ieee" if precision == "fp32" else "tf32",
     }
+    if length is not None:
+        constants |= dict.fromkeys(("num_queries", "num_keys", "longest"), length)
     signature, attributes = {}, {}
     for place, argument in enumerate(function.arg_names):
         if argument in constants:
@@ -83,7 +93,7 @@ def compile_attention(name: str, *, precision: str, head_dim: int, bias: Any, dr
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return {
         "kernel": name,
-        **{"precision": precision, "head_dim": head_dim, "bias": bias, "drops": drops},
+        **{"precision": precision, "head_dim": head_dim, "bias": bias, "drops": drops, "length": length},
         **read_usage(compiled.asm["cubin"]),
         "shared_bytes": compiled.metadata.shared,
         "has_tensor_cores": "wgmma" in compiled.asm["ptx"],
@@ -104,6 +114,23 @@ def compile_head(name: str) -> dict[str, Any]:
     source = ASTSource(function, signature, {"WORDS": fused.WORDS_AT_ONCE})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     return {"kernel": name, **read_usage(compiled.asm["cubin"]), "shared_bytes": compiled.metadata.shared}
+
+
+def compile_bias_dropout_add(*, drops: bool) -> dict[str, Any]:
+    """Compile bias, dropout and residual, bf16, for a number of columns that nothing divides."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megatron_xmtf.kernels.bias_dropout_add import fused
+
+    function = fused.bias_dropout_add_kernel
+    constants = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "DROPS": drops, "QUARTER": fused.QUARTER}
+    types = {"seed_ptr": "*i64", "columns": "i32", "dropout": "fp32", **dict.fromkeys(constants, "constexpr")}
+    signature = {argument: types.get(argument, "*bf16") for argument in function.arg_names}
+    compiled = triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32))
+    usage = read_usage(compiled.asm["cubin"])
+    return {"kernel": "bias_dropout_add_kernel", "drops": drops, **usage, "shared_bytes": compiled.metadata.shared}
 
 
 def read_usage(cubin: bytes) -> dict[str, int]:
@@ -129,3 +156,5 @@ if __name__ == "__main__":
         print(json.dumps(compile_attention(name, **settings)), flush=True)
     for name in ("logit_statistics", "logit_gradient") if not sys.argv[1:] else ():
         print(json.dumps(compile_head(name)), flush=True)
+    for drops in (False, True) if not sys.argv[1:] else ():
+        print(json.dumps(compile_bias_dropout_add(drops=drops)), flush=True)

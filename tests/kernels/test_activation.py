@@ -49,6 +49,7 @@ def test_who_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_activation("auto", is_tanh_gelu=False, device="cuda") == "torch"
     assert choose_activation("auto", is_tanh_gelu=True, device="cpu") == "torch"
     assert choose_activation("torch", is_tanh_gelu=True, device="cuda") == "torch"
+    assert choose_activation("reference", is_tanh_gelu=True, device="cuda") == "torch"
     with pytest.raises(ConfigError, match="this run computes on a CPU"):
         choose_activation("megatron_core", is_tanh_gelu=True, device="cpu")
     with pytest.raises(ConfigError, match="another activation"):

@@ -45,6 +45,7 @@ def test_auto_takes_what_can_be_imported_and_only_on_a_gpu(name: str, install) -
     assert choose_adam("auto", has_cuda=True) == name
     assert choose_adam("auto", has_cuda=False) == "torch"
     assert choose_adam("torch", has_cuda=True) == "torch"
+    assert choose_adam("reference", has_cuda=True) == "reference"
     assert import_fused_adam(name).__module__ == PLACES[name].replace("/", ".")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_xmtf.config import ParallelConfig
-from megatron_xmtf.kernels.head_loss import VocabularyShard, chunked, head_loss, reference
+from megatron_xmtf.kernels.head_loss import VocabularyShard, choose_head_loss, chunked, head_loss, reference
 from megatron_xmtf.parallel.launch import run_ranks
 from megatron_xmtf.parallel.topology import initialize_parallel
 
@@ -202,6 +202,35 @@ def rank_difference(words: int, count: int, logits_at_once: int) -> tuple[float,
         assert not of_weight.any()
         return worst([losses, of_hidden], expected[:2]), losses
     return worst([losses, of_hidden, of_weight], [*expected[:2], mine]), losses
+
+
+def reference_difference(words: int) -> float:
+    """Compare the reference over this rank's half of the vocabulary with torch's over all of it."""
+    initialize_parallel(ParallelConfig(tensor_model_parallel_size=2), seed=1)
+    rank, half = torch.distributed.get_rank(), PADDED // 2
+    hidden, weight, labels, of_losses = problem(20)
+    labels = labels % words
+    own = slice(rank * half, (rank + 1) * half)
+    shard = VocabularyShard(
+        first=own.start, count=max(0, min(half, words - own.start)), group=torch.distributed.group.WORLD
+    )
+    split = choose_head_loss("reference")
+    found = losses_and_gradients(
+        lambda hidden, weight: split(hidden, weight, labels, shard=shard), hidden, weight[own], of_losses
+    )
+    losses, of_hidden, of_weight = losses_and_gradients(
+        lambda hidden, weight: torch.nn.functional.cross_entropy(hidden @ weight[:words].t(), labels, reduction="none"),
+        hidden,
+        weight,
+        of_losses,
+    )
+    assert not found[2][shard.count :].any(), "rows that only pad the vocabulary get no gradient"
+    return worst(found[:2], [losses, of_hidden]) + float((found[2] - of_weight[own]).abs().max())
+
+
+@pytest.mark.parametrize("words", [WORDS, PADDED, 50])
+def test_the_reference_of_a_split_vocabulary_is_exact(words: int) -> None:
+    assert max(run_ranks(reference_difference, world_size=2, arguments=(words,))) <= 1e-5
 
 
 @pytest.mark.parametrize("words", [WORDS, PADDED, 50])  # 50: the second rank has no real word at all

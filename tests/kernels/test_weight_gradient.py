@@ -36,6 +36,7 @@ def test_torch_where_nothing_else_is() -> None:
 def test_auto_takes_apex_on_a_gpu_alone() -> None:
     assert choose_weight_gradient("auto", has_cuda=True) == "apex"
     assert choose_weight_gradient("torch", has_cuda=True) == "torch"
+    assert choose_weight_gradient("reference", has_cuda=True) == "torch"
     assert choose_weight_gradient("auto", has_cuda=False) == "torch"
 
 

@@ -20,16 +20,18 @@ from tests.layouts import LAYOUTS
 from tests.tiny import random_examples
 from tests.training.gradients import assemble, hf_name, rank_gradients, relative_difference
 
-EXAMPLES = random_examples(32, seed=5)
-TOLERANCE = 1e-4
 Example = tuple[list[int], list[int]]
+EXAMPLES: list[Example] = random_examples(32, seed=5)
+TOLERANCE = 1e-4
 
 
-def expected_gradients(tiny_hf: Path, normalization: str) -> dict[str, torch.Tensor]:
+def expected_gradients(
+    tiny_hf: Path, normalization: str, examples: list[Example] = EXAMPLES
+) -> dict[str, torch.Tensor]:
     """Let `transformers` and autograd do it, each example alone; the weights of DESIGN 4 written out by hand."""
     model = BloomForCausalLM.from_pretrained(tiny_hf, dtype=torch.float32).train()
-    total_tokens = sum(len(targets) for _, targets in EXAMPLES)
-    for inputs, targets in EXAMPLES:
+    total_tokens = sum(len(targets) for _, targets in examples)
+    for inputs, targets in examples:
         logits = model(torch.tensor([inputs + targets])).logits[0]
         losses = torch.nn.functional.cross_entropy(
             logits[len(inputs) - 1 : -1], torch.tensor(targets), reduction="none"
@@ -37,7 +39,7 @@ def expected_gradients(tiny_hf: Path, normalization: str) -> dict[str, torch.Ten
         if normalization == "target_token":
             (losses.sum() / total_tokens).backward()
         else:
-            (losses.mean() / len(EXAMPLES)).backward()
+            (losses.mean() / len(examples)).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -71,10 +73,10 @@ def deal(rows: list[Row], normalization: Any, dp_rank: int, dp_size: int) -> lis
 
 
 def ours(
-    run_config: Callable[..., RunConfig], name: str, rows: list[Row], normalization: str
+    run_config: Callable[..., RunConfig], name: str, rows: list[Row], normalization: str, **sections: Any
 ) -> dict[str, torch.Tensor]:
     world_size, section = (1, {}) if name == "TP1" else LAYOUTS[name]
-    config = run_config(parallel=section, loss={"normalization": normalization})
+    config = run_config(parallel=section, loss={"normalization": normalization}, **sections)
     prepared = prepare_run(config, world_size=world_size)
     shards = run_ranks(rank_gradients, world_size=world_size, arguments=(prepared, partial(deal, rows, normalization)))
     return assemble(shards)
@@ -99,6 +101,27 @@ def test_packed_gradients_equal_transformers(
 ) -> None:
     gradients = ours(run_config, name, packed_rows(count_multiple=4), normalization)
     difference, tensor = worst(gradients, expected_gradients(tiny_hf, normalization))
+    assert difference <= TOLERANCE, f"{tensor}: {difference:.2e}"
+
+
+KERNELS = {
+    "reference": dict.fromkeys(
+        ("attention", "head_loss", "bias_dropout_add", "activation", "adam", "weight_gradient"), "reference"
+    ),
+    "fused": dict.fromkeys(("attention", "head_loss", "bias_dropout_add"), "fused"),
+}
+"""The readable ones, and our own in Triton (interpreted where there is no GPU)."""
+
+
+@pytest.mark.parametrize(("kernels", "name"), [("reference", "TP1"), ("reference", "TP2-SP"), ("fused", "TP2-SP")])
+def test_kernels_by_name_give_the_gradients_of_transformers(
+    kernels: str, name: str, tiny_hf: Path, run_config: Callable[..., RunConfig]
+) -> None:
+    pytest.importorskip("triton")
+    examples = EXAMPLES[:3]  # one micro-batch: the interpreter takes its time
+    rows = pack_examples(examples, sequence_length=64, pad_id=3)
+    gradients = ours(run_config, name, rows, "target_token", kernels=KERNELS[kernels])
+    difference, tensor = worst(gradients, expected_gradients(tiny_hf, "target_token", examples))
     assert difference <= TOLERANCE, f"{tensor}: {difference:.2e}"
 
 

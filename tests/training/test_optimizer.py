@@ -11,7 +11,7 @@ import torch
 
 from megatron_xmtf.config import RunConfig
 from megatron_xmtf.parallel.launch import run_ranks
-from megatron_xmtf.training.optimizer import GroupStepAdam
+from megatron_xmtf.training.group_step_adam import GroupStepAdam, ReferenceAdam
 from megatron_xmtf.training.prepare import PreparedRun, prepare_run
 from tests.layouts import LAYOUTS
 
@@ -50,8 +50,14 @@ def test_equals_adamw_of_torch_bit_by_bit() -> None:
     assert_same(run(GroupStepAdam(parameter_groups(), **SETTINGS), range(8)), expected)
 
 
-def test_equals_adamw_written_out() -> None:
-    found = run(GroupStepAdam(parameter_groups(), **SETTINGS), range(5))
+def test_the_reference_equals_torch_s_loop_bit_by_bit() -> None:
+    expected = run(torch.optim.AdamW(parameter_groups(), foreach=False, fused=False, **SETTINGS), range(8))
+    assert_same(run(ReferenceAdam(parameter_groups(), **SETTINGS), range(8)), expected)
+
+
+@pytest.mark.parametrize("adam", [GroupStepAdam, ReferenceAdam])
+def test_equals_adamw_written_out(adam: type[GroupStepAdam]) -> None:
+    found = run(adam(parameter_groups(), **SETTINGS), range(5))
     groups = parameter_groups()
     values = [(p.detach().double(), group["weight_decay"]) for group in groups for p in group["params"]]
     moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value, _ in values]

@@ -1,7 +1,7 @@
 """Choose who computes bias and tanh-GELU between the feed-forward products, plain or gated, once, and say which.
 
 kernels.activation   device   passes over [tokens, 4 h], forward                     kept for the backward pass
-torch                any      bias; GELU; gated: the product                         each one's input
+torch, reference     any      bias; GELU; gated: the product                         each one's input
 megatron_core        cuda     one, compiled by torch.compile (fused_bias_gelu,       the product's output alone
                               fused_bias_geglu), and one backward                    auto on a GPU where Triton can run
 
@@ -28,7 +28,10 @@ ActivationLibrary = Literal["torch", "megatron_core"]
 
 
 def choose_activation(
-    wish: Literal["auto"] | ActivationLibrary, *, is_tanh_gelu: bool, device: Literal["cpu", "cuda"] | None = None
+    wish: Literal["auto", "reference"] | ActivationLibrary,
+    *,
+    is_tanh_gelu: bool,
+    device: Literal["cpu", "cuda"] | None = None,
 ) -> ActivationLibrary:
     """Return who computes the activation.
 
@@ -43,6 +46,6 @@ def choose_activation(
         obstacle = "Megatron-Core fuses tanh-GELU, and this model has another activation"
     if wish == "megatron_core" and obstacle is not None:
         raise ConfigError(f"kernels.activation=megatron_core cannot run: {obstacle}. Use auto or torch.")
-    chosen: ActivationLibrary = "torch" if wish == "torch" or obstacle is not None else "megatron_core"
+    chosen: ActivationLibrary = "torch" if wish in ("torch", "reference") or obstacle is not None else "megatron_core"
     logger.info("activation: %s", chosen)
     return chosen

@@ -1,6 +1,11 @@
 """Choose whose fused AdamW updates the parameters, once, and say which.
 
-All three keep the step in the parameter group and exp_avg and exp_avg_sq in the state, as Megatron-Core's checkpoints
+    reference            torch's loop over parameters and operations, any device
+    torch                torch's fused kernel, any device
+    transformer_engine   NVIDIA's FusedAdam, on a GPU
+    apex                 the same, older
+
+All keep the step in the parameter group and exp_avg and exp_avg_sq in the state, as Megatron-Core's checkpoints
 have them.
 """
 
@@ -16,7 +21,7 @@ __all__ = ["AdamLibrary", "choose_adam", "import_fused_adam"]
 
 logger = logging.getLogger(__name__)
 
-AdamLibrary = Literal["torch", "transformer_engine", "apex"]
+AdamLibrary = Literal["reference", "torch", "transformer_engine", "apex"]
 
 MODULES: dict[AdamLibrary, str] = {
     # In the order of `auto`, which is Megatron-Core's own.
@@ -41,6 +46,8 @@ def choose_adam(wish: Literal["auto"] | AdamLibrary, *, has_cuda: bool) -> AdamL
             raise ConfigError(f"kernels.adam={wish} runs on a GPU, and there is none here. Use auto or torch.")
         import_fused_adam(wish)
         chosen: AdamLibrary = wish
+    elif wish == "reference":
+        chosen = "reference"
     elif wish == "torch" or not has_cuda:
         chosen = "torch"
     else:

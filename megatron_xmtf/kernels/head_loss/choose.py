@@ -1,6 +1,7 @@
 """Choose who computes the head's loss, once, and say which.
 
 kernels.head_loss   device   bytes moved a logit, forward and backward, beside the products
+reference           any      64, plain torch, all of them held at once
 chunked             any      64, plain torch                              auto on a CPU
 fused               cuda     6, Triton                                    auto on a GPU where Triton can run
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_xmtf.errors import ConfigError
-from megatron_xmtf.kernels.head_loss import chunked
+from megatron_xmtf.kernels.head_loss import chunked, reference
 from megatron_xmtf.kernels.head_loss.chunked import VocabularyShard
 from megatron_xmtf.kernels.segment_attention.available import why_not_fused
 
@@ -40,7 +41,7 @@ class HeadLoss(Protocol):
 
 
 def choose_head_loss(
-    wish: Literal["auto", "chunked", "fused"], *, device: Literal["cpu", "cuda"] | None = None
+    wish: Literal["auto", "reference", "chunked", "fused"], *, device: Literal["cpu", "cuda"] | None = None
 ) -> HeadLoss:
     """Return the implementation for a run.
 
@@ -56,7 +57,7 @@ def choose_head_loss(
     if name == "fused" and obstacle is not None:
         raise ConfigError(f"kernels.head_loss=fused cannot run: {obstacle}. Use auto or chunked.")
     logger.info("head and loss: %s%s", name, why)
-    if name == "chunked":
-        return chunked.head_loss
+    if name != "fused":
+        return chunked.head_loss if name == "chunked" else reference.head_loss
     fused: HeadLoss = importlib.import_module("megatron_xmtf.kernels.head_loss.fused").head_loss
     return fused

@@ -1,6 +1,7 @@
 """Choose who adds the gradient of a linear layer's weight to its fp32 main gradient, once, and say which.
 
-    torch   grad = dY^T X in the run's precision, then main_grad += grad: one more tensor, one more pass over it
+    torch   grad = dY^T X in the run's precision, then main_grad += grad: one more tensor, one more pass over it; it
+            is the reference, and may be called so
     apex    main_grad += dY^T X in one matrix product that accumulates in fp32 (fused_weight_gradient_mlp_cuda)
 
 Megatron-Core calls either (tensor_parallel/layers.py, `gradient_accumulation_fusion`).
@@ -22,7 +23,9 @@ WeightGradientLibrary = Literal["torch", "apex"]
 MODULE = "fused_weight_gradient_mlp_cuda"
 
 
-def choose_weight_gradient(wish: Literal["auto"] | WeightGradientLibrary, *, has_cuda: bool) -> WeightGradientLibrary:
+def choose_weight_gradient(
+    wish: Literal["auto", "reference"] | WeightGradientLibrary, *, has_cuda: bool
+) -> WeightGradientLibrary:
     """Return who accumulates weight gradients. auto: apex on a GPU where it can be imported, else torch.
 
     Raises:  ConfigError: the wish cannot be met.
@@ -30,7 +33,7 @@ def choose_weight_gradient(wish: Literal["auto"] | WeightGradientLibrary, *, has
     chosen: WeightGradientLibrary = "torch"
     if wish == "apex" and not has_cuda:
         raise ConfigError("kernels.weight_gradient=apex runs on a GPU, and there is none here. Use auto or torch.")
-    if wish != "torch" and has_cuda:
+    if wish not in ("torch", "reference") and has_cuda:
         try:
             importlib.import_module(MODULE)
             chosen = "apex"
