@@ -18,10 +18,10 @@ from dataclasses import dataclass, fields
 
 from megatron_xmtf.models.architecture import Architecture, BloomArchitecture
 from megatron_xmtf.planning.cluster import Cluster
-from megatron_xmtf.planning.communication import tensor_traffic
+from megatron_xmtf.planning.communication import Traffic, tensor_traffic
 from megatron_xmtf.planning.layer_work import LayerWork, layer_work, work_key
 from megatron_xmtf.planning.layout import HeadKind, Layout
-from megatron_xmtf.planning.matrix_products import linear_flops
+from megatron_xmtf.planning.matrix_products import attention_flops, linear_flops
 from megatron_xmtf.planning.memory_model import LOGITS_AT_ONCE
 from megatron_xmtf.planning.model_shape import ChunkShape
 
@@ -35,11 +35,17 @@ LOGIT_TRAFFIC: dict[tuple[HeadKind, int], tuple[float, float]] = {
     # subtracted (8), exponential (8), scaled (8), made half (6). In fp32 nothing is converted.
     ("chunked", 2): (28, 36),
     ("chunked", 4): (24, 24),
+    # torch's cross-entropy: made fp32 (6), log of softmax (8); backward through it (12), made half (6).
+    ("reference", 2): (14, 18),
+    ("reference", 4): (8, 12),
 }
 """Bytes of memory traffic a logit beside the products, (forward, backward), by the bytes of a number: our head."""
 WHOLE_LOGIT_TRAFFIC = (38, 14)
 """Of Megatron's cross-entropy over whole logits: made fp32 (6), maximum (4), subtracted (8), exponential (8), sum (4),
 divided (8); backward scaled (8) and made half (6)."""
+
+ALIGNED_BYTES = 16
+"""What rows of an operand begin at a multiple of, where tensor cores take it."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +98,10 @@ def _rates(layout: Layout, cluster: Cluster) -> tuple[float, float]:
 
 def _layer_time(work: LayerWork, layout: Layout, cluster: Cluster, *, is_causal: bool) -> ChunkTime:
     operations, memory = _rates(layout, cluster)
-    scores_forward, scores_backward = _score_seconds(work, layout, cluster, is_causal=is_causal)
+    scores_forward, scores_backward = _attention_seconds(work, layout, cluster, is_causal=is_causal)
     flops = [linear_flops(*product, multiprocessors=cluster.multiprocessors) for product in work.products]
-    products = sum(forward for forward, _ in flops) / operations
-    products_backward = sum(backward for _, backward in flops) / operations
+    products = sum(forward for forward, _, _ in flops) / operations
+    products_backward = sum(of_inputs + of_weights for _, of_inputs, of_weights in flops) / operations
     again_matmul = again_bytes = 0.0
     if layout.recompute.granularity == "full":
         again_matmul, again_bytes = products + scores_forward, work.forward_bytes
@@ -104,7 +110,7 @@ def _layer_time(work: LayerWork, layout: Layout, cluster: Cluster, *, is_causal:
     added = work.parameters * _accumulated_bytes(layout, can_fuse=True)
     passes = 2 if layout.recompute.granularity == "full" else 1
     sums_forward = tensor_traffic(layout, cluster, reduced_bytes=work.reduced_forward, sums=work.sums_forward)
-    sums_backward = tensor_traffic(layout, cluster, reduced_bytes=work.reduced_backward, sums=work.sums_backward)
+    sums_backward = _backward_sums(work, layout, cluster)
     launch = cluster.launch_ms_per_layer / 1e3
     return ChunkTime(
         matmul=products + products_backward + scores_forward + scores_backward + again_matmul,
@@ -116,22 +122,57 @@ def _layer_time(work: LayerWork, layout: Layout, cluster: Cluster, *, is_causal:
     )
 
 
-def _score_seconds(work: LayerWork, layout: Layout, cluster: Cluster, *, is_causal: bool) -> tuple[float, float]:
+def _backward_sums(work: LayerWork, layout: Layout, cluster: Cluster) -> Traffic:
+    """Return what tensor-parallel ranks send in a layer's backward pass, and the seconds that no product hides.
+
+    Without sequence parallelism each gradient of what came in is summed beside the product of the weights' gradient.
+    With it, half of a sum is a gather of the row-parallel layer's gradient, which nothing hides; the column-parallel
+    layer gathers its input again beside one product, half a sum more, and scatters the gradient beside the other.
+    """
+    operations, _ = _rates(layout, cluster)
+    sent = seconds = 0.0
+    for (tokens, inputs, outputs), is_summed in zip(work.products, work.sums_inputs, strict=True):
+        if not is_summed:
+            continue
+        whole = tensor_traffic(layout, cluster, reduced_bytes=float(tokens * inputs * layout.number_bytes), sums=1)
+        sent += whole.gigabytes
+        if not layout.engine.overlaps_sums:
+            seconds += whole.seconds
+            continue
+        _, of_inputs, of_weights = linear_flops(tokens, inputs, outputs, multiprocessors=cluster.multiprocessors)
+        if not layout.parallel.sequence_parallel:
+            seconds += max(0.0, whole.seconds - of_weights / operations)
+            continue
+        half = whole.seconds / 2
+        sent += whole.gigabytes / 2
+        seconds += half + max(0.0, half - of_inputs / operations) + max(0.0, half - of_weights / operations)
+    return Traffic(sent, seconds)
+
+
+def _attention_seconds(work: LayerWork, layout: Layout, cluster: Cluster, *, is_causal: bool) -> tuple[float, float]:
     """Return the seconds of scores and values, (forward, backward); twice the operations backward.
 
     A fused kernel leaves out what lies behind the diagonal and computes the scores again backward (5 products for 2).
-    Our reference computes scores in fp32: half of its operations.
+    Our reference computes scores in fp32: half of its operations. Without tensor cores, heads whose rows begin at no
+    multiple of 16 bytes.
     """
     operations, _ = _rates(layout, cluster)
+    whole = sum(4.0 * heads * query * key * head_dim for heads, query, key, head_dim in work.attentions)
     if layout.attention == "fused":
-        flops = work.score_flops * (0.5 if is_causal else 1.0)
+        flops = whole * (0.5 if is_causal else 1.0)
         forward = flops / (cluster.peak_tflops * 1e12 * cluster.attention_fraction)
         return forward, 2.5 * forward
-    if layout.attention in ("reference", "sdpa") and layout.precision != "fp32":
-        fp32 = cluster.fp32_tflops * 1e12 * cluster.matmul_fraction
-        forward = work.score_flops / 2 / operations + work.score_flops / 2 / fp32
-        return forward, 2 * forward
-    return work.score_flops / operations, 2 * work.score_flops / operations
+    counted = [attention_flops(*attention, multiprocessors=cluster.multiprocessors) for attention in work.attentions]
+    scores, values, backward = (sum(part) / operations for part in zip(*counted, strict=True))
+    if layout.precision == "fp32":
+        return scores + values, backward
+    if any(head_dim * layout.number_bytes % ALIGNED_BYTES for *_, head_dim in work.attentions):
+        slow = whole / (cluster.fp32_tflops * 1e12 * cluster.unaligned_fraction)
+        scores, values, backward = slow / 2, slow / 2, 2 * slow
+    if layout.attention in ("reference", "sdpa"):
+        scores = whole / 2 / (cluster.fp32_tflops * 1e12 * cluster.matmul_fraction)
+        backward = 2 * (scores + values)
+    return scores + values, backward
 
 
 def _embedding_time(architecture: Architecture, layout: Layout, cluster: Cluster, *, joins_head: bool) -> ChunkTime:
@@ -170,9 +211,9 @@ def _head_time(architecture: Architecture, layout: Layout, cluster: Cluster) -> 
         positions *= layout.loss_fraction
         logit_forward, logit_backward = LOGIT_TRAFFIC[layout.head, layout.number_bytes]
         # Beyond one chunk the logits are computed again in the backward pass.
-        pieces = max(1, math.ceil(positions * words / LOGITS_AT_ONCE))
+        pieces = 1 if layout.head == "reference" else max(1, math.ceil(positions * words / LOGITS_AT_ONCE))
         again = 0 if pieces == 1 else 1
-    forward, backward = linear_flops(
+    forward, of_input, of_weight = linear_flops(
         math.ceil(positions), architecture.hidden_size, math.ceil(words), multiprocessors=cluster.multiprocessors
     )
     traffic = (logit_forward + logit_backward) * positions * words / memory
@@ -187,7 +228,7 @@ def _head_time(architecture: Architecture, layout: Layout, cluster: Cluster) -> 
         layout, cluster, reduced_bytes=positions * architecture.hidden_size * layout.number_bytes, sums=1
     )
     return ChunkTime(
-        matmul=((1 + again) * forward + backward) / operations,
+        matmul=((1 + again) * forward + of_input + of_weight) / operations,
         memory=traffic + added / memory,
         tensor=summed.seconds,
         forward=forward / operations + logit_forward * positions * words / memory,

@@ -9,7 +9,9 @@
 
 "Per micro-batch" is memory traffic: what adding up gradients reads and writes. In fp32, ours has 4, 4 and 8 bytes.
 
-Source:  Megatron-Core, DistributedDataParallel and DistributedOptimizer; DeepSpeed 0.6, runtime/bf16_optimizer.py
+Source:  Megatron-Core, DistributedDataParallel, DistributedOptimizer and tensor_parallel/layers.py
+         (`LinearWithGradAccumulationAndAsyncCommunication`; sums behind products need CUDA_DEVICE_MAX_CONNECTIONS=1,
+         which a run sets); DeepSpeed 0.6, runtime/bf16_optimizer.py
          (gradients in fp32 that are not sharded, each micro-batch's in bf16 converted and added), runtime/engine.py
          (`buffered_allreduce_fallback`), runtime/fp16/fused_optimizer.py (`_flatten_dense_tensors` of gradients that
          are converted to fp32 first: two copies), stage_1_and_2.py (fp32 weights, moments and gradients in shards),
@@ -54,16 +56,18 @@ class Engine:
     """A micro-batch's gradients are made fp32, one parameter at a time, before they are added."""
     keeps_logits: bool
     """The whole logits are kept, in half precision, in fp32 and their gradient; False: our chunked head."""
+    overlaps_sums: bool
+    """A linear layer's backward pass sums the gradient of what came in while it computes that of its weights."""
 
 
-MEGATRON_CORE = Engine("megatron_core", 4, 0, 12, False, 10, 4, False, 1, False, 0, False, False)
+MEGATRON_CORE = Engine("megatron_core", 4, 0, 12, False, 10, 4, False, 1, False, 0, False, False, True)
 ENGINES: dict[str, Engine] = {
     engine.name: engine
     for engine in (
         MEGATRON_CORE,
-        Engine("deepspeed_bf16", 6, 0, 12, True, 18, 4, True, 2, True, 4, True, True),
-        Engine("deepspeed_fp16_zero1", 2, 0, 16, True, 6, 2, True, 2, True, 4, False, True),
-        Engine("deepspeed_fp16", 2, 8, 12, False, 6, 2, True, 2, True, 4, False, True),
+        Engine("deepspeed_bf16", 6, 0, 12, True, 18, 4, True, 2, True, 4, True, True, False),
+        Engine("deepspeed_fp16_zero1", 2, 0, 16, True, 6, 2, True, 2, True, 4, False, True, False),
+        Engine("deepspeed_fp16", 2, 8, 12, False, 6, 2, True, 2, True, 4, False, True, False),
     )
 }
 """Engines by name."""

@@ -66,8 +66,10 @@ class LayerWork:
 
     products: tuple[tuple[int, int, int], ...]
     """The linear layers: (tokens, inputs, outputs) of the rank's shard."""
-    score_flops: float
-    """Forward, of scores and values: the whole square of positions."""
+    sums_inputs: tuple[bool, ...]
+    """Of each, whether tensor-parallel ranks sum the gradient of what came in: where they share the outputs."""
+    attentions: tuple[tuple[int, int, int, int], ...]
+    """(heads x rows, query, key, head_dim) of each attention."""
     forward_bytes: float
     """Memory traffic of everything but matrix products."""
     backward_bytes: float
@@ -85,10 +87,8 @@ class LayerWork:
     """Of its matrices, for the traffic of gradients."""
     reduced_forward: float
     """Bytes of the tensors that tensor-parallel ranks sum up in the forward pass."""
-    reduced_backward: float
     sums_forward: int
     """In how many tensors."""
-    sums_backward: int
 
 
 @lru_cache(maxsize=4096)
@@ -114,6 +114,7 @@ def layer_work(architecture: Architecture, kind: LayerKind, layout: WorkKey) -> 
     # [b, a, query, key]: squares of each side, and across.
     side = own / rows
     pairs = rows * (side * side + (side * encoder if kind == "decoder" else 0))
+    keys = (own // rows, encoder) if kind == "decoder" else (own // rows,)
     scores, score = heads * pairs / tp, SCORES[layout.attention]
     score_kept = scores * (score.kept if number == 2 else score.kept_fp32)
     score_kept += scores * score.kept_mask if layout.dropout else 0
@@ -135,7 +136,8 @@ def layer_work(architecture: Architecture, kind: LayerKind, layout: WorkKey) -> 
     reduced = own * hidden * number
     return LayerWork(
         products=shards,
-        score_flops=4.0 * pairs * inner / tp,
+        sums_inputs=tuple(matrix.is_column for matrix in matrices),
+        attentions=tuple((heads // tp * rows, own // rows, length, inner // heads) for length in keys),
         forward_bytes=forward + score_forward,
         backward_bytes=backward + scores * score.backward * wide,
         score_forward_bytes=score_forward,
@@ -145,9 +147,7 @@ def layer_work(architecture: Architecture, kind: LayerKind, layout: WorkKey) -> 
         bias_bytes=scores * score.bias,
         parameters=sum(inputs * outputs for _, inputs, outputs in shards),
         reduced_forward=sublayers * reduced,
-        reduced_backward=sublayers * reduced + context * hidden * number,
         sums_forward=sublayers,
-        sums_backward=sublayers + (1 if context else 0),
     )
 
 

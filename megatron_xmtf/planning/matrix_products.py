@@ -6,17 +6,19 @@
     seventh is a quarter full, and takes as long as the others: 7 x 108 / 672 = 1.125 of a product in whole waves
 
 A linear layer is three products: forward C [tokens, outputs], backward [tokens, inputs] of what came in and
-[inputs, outputs] of the weights.
+[inputs, outputs] of the weights. Attention that keeps its scores is six, each of all heads at once: forward scores
+[query, key] and values [query, head_dim], backward the gradients of scores, values, queries and keys. Four of them have
+head_dim columns: heads of 144 fill 1.1 tiles of 128, and take as long as heads of 256.
 
-Source:  NVIDIA, Matrix Multiplication Background User's Guide (DU-09799-001), sections 2.2 (256 x 128 is the most
-         efficient tile) and 3.2 (wave quantization).
+Source:  NVIDIA, Matrix Multiplication Background User's Guide (DU-09799-001), sections 2.1 (tensor cores want rows that
+         begin at multiples of 16 bytes), 2.2 (256 x 128 is the most efficient tile) and 3.2 (wave quantization).
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-__all__ = ["TILE", "linear_flops", "wave_factor"]
+__all__ = ["TILE", "attention_flops", "linear_flops", "wave_factor"]
 
 TILE = (256, 128)
 """Output numbers of a tile, in either orientation: the one that wastes less."""
@@ -36,17 +38,31 @@ def wave_factor(rows: int, columns: int, *, multiprocessors: int) -> float:
 
 
 @lru_cache(maxsize=65536)
-def linear_flops(tokens: int, inputs: int, outputs: int, *, multiprocessors: int) -> tuple[float, float]:
-    """Return the operations of a linear layer, (forward, backward), those of idle multiprocessors counted as done.
+def linear_flops(tokens: int, inputs: int, outputs: int, *, multiprocessors: int) -> tuple[float, float, float]:
+    """Return the operations of a linear layer, those of idle multiprocessors counted as done.
 
     Args:    tokens, inputs, outputs: of one rank's shard.
+    Returns: (forward, backward of what came in, backward of the weights).
     """
     if not tokens:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     whole = 2.0 * tokens * inputs * outputs
-    forward = whole * wave_factor(tokens, outputs, multiprocessors=multiprocessors)
-    backward = whole * (
-        wave_factor(tokens, inputs, multiprocessors=multiprocessors)
-        + wave_factor(inputs, outputs, multiprocessors=multiprocessors)
+    forward, of_inputs, of_weights = (
+        wave_factor(rows, columns, multiprocessors=multiprocessors)
+        for rows, columns in ((tokens, outputs), (tokens, inputs), (inputs, outputs))
     )
-    return forward, backward
+    return whole * forward, whole * of_inputs, whole * of_weights
+
+
+@lru_cache(maxsize=65536)
+def attention_flops(
+    heads: int, query: int, key: int, head_dim: int, *, multiprocessors: int
+) -> tuple[float, float, float]:
+    """Return the operations of attention over whole squares, (scores, values, backward), as `linear_flops` does.
+
+    Args:    heads: of one rank, times rows of a micro-batch.
+    """
+    whole = 2.0 * heads * query * key * head_dim
+    scores = wave_factor(heads * query, key, multiprocessors=multiprocessors)
+    values, of_keys = (wave_factor(heads * rows, head_dim, multiprocessors=multiprocessors) for rows in (query, key))
+    return whole * scores, whole * values, whole * (scores + values + 2 * of_keys)

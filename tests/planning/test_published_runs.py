@@ -1,6 +1,6 @@
 """The hardware model against published runs: operations, step times, memory, MFU.
 
-Four constants of Jean Zay's A100 nodes are solved from the times of four rows, a fifth from one row's memory; every
+Five constants of Jean Zay's A100 nodes are solved from the times of five rows, a sixth from one row's memory; every
 other row is predicted. A row that is missed is named here, with the reason and a bound of its own.
 """
 
@@ -27,9 +27,11 @@ CALIBRATED = {
     "launch_ms_per_layer": BY_NAME["176B 64 heads MBS4"],
     "ring_fraction": BY_NAME["BLOOM, first steps"],
     "hop_ms": BY_NAME["178B TP8 MBS4"],
+    "unaligned_fraction": BY_NAME["182B 128 heads"],
 }
 """Constant of the cluster -> the one row that tells it: most of its time is products; half as many micro-batches as
-BLOOM, and else alike; one micro-batch, so that half of its step is gradients; eight tensor-parallel ranks."""
+BLOOM, and else alike; one micro-batch, so that half of its step is gradients; eight tensor-parallel ranks; heads of
+108, whose rows of 216 bytes no tensor core takes."""
 MEMORY_ROW = BY_NAME["176B TP8"]
 
 AT_ODDS = {
@@ -117,8 +119,14 @@ def test_gpt3_of_megatron_lm() -> None:
     assert tflops_per_gpu(flops, seconds=32.0, gpus=1024) == pytest.approx(138, rel=0.01)
 
 
-def test_the_presets_constants_are_those_that_solve_four_rows() -> None:
-    start = {"matmul_fraction": 0.7, "launch_ms_per_layer": 4.0, "ring_fraction": 0.6, "hop_ms": 0.03}
+def test_the_presets_constants_are_those_that_solve_five_rows() -> None:
+    start = {
+        "matmul_fraction": 0.7,
+        "launch_ms_per_layer": 4.0,
+        "ring_fraction": 0.6,
+        "hop_ms": 0.03,
+        "unaligned_fraction": 0.4,
+    }
     for name, value in solve(CALIBRATED, start).items():
         assert getattr(JEAN_ZAY, name) == pytest.approx(value, rel=0.005), name
 
@@ -137,7 +145,7 @@ def test_step_time_is_predicted(run: PublishedRun) -> None:
 def test_most_rows_are_predicted_and_few_constants_calibrated() -> None:
     predicted = [run for run in RUNS if run not in CALIBRATED.values()]
     named = {*AT_ODDS, *SIXTEEN_COPIES, *MISSED}
-    assert (len(predicted), len(named), len(CALIBRATED)) == (63, 13, 4)
+    assert (len(predicted), len(named), len(CALIBRATED)) == (65, 13, 5)
     misses = sorted(abs(off_by(run)) for run in predicted if run.name not in named)
     assert misses[len(misses) // 2] < 0.02
 
@@ -183,11 +191,11 @@ def test_one_row_and_one_constant_predict_the_bubble() -> None:
         low, high = (low, middle) if off < 0 else (middle, high)
     cluster = bare.model_copy(update={"matmul_fraction": low})
     for name in ("182B GBS1024", "182B GBS1536", "182B GBS2048"):
-        assert abs(off_by(BY_NAME[name], cluster)) < 0.01, name
+        assert abs(off_by(BY_NAME[name], cluster)) < 0.005, name
     # The published fit of these rows is 0.742 s (m + 11) + 3.87 s: slope and constant, predicted.
     slope = (seconds(BY_NAME["182B GBS2048"], cluster) - seconds(run, cluster)) / (128 - 32)
-    assert slope == pytest.approx(0.742, rel=0.01)
-    assert abs(off_by(BLOOM, cluster)) < 0.03
+    assert slope == pytest.approx(0.742, rel=0.005)
+    assert abs(off_by(BLOOM, cluster)) < 0.02
 
 
 @pytest.mark.parametrize("run", FIRST_STEPS, ids=lambda run: run.name)
@@ -232,7 +240,7 @@ def test_memory_is_predicted(run: PublishedRun) -> None:
 
 
 def test_one_constant_predicts_the_memory_of_many_rows() -> None:
-    assert len(WITH_MEMORY) == 52
+    assert len(WITH_MEMORY) == 42
     run, twin = BY_NAME[MEMORY_AT_ODDS], BY_NAME["181B TP4 PP12 MBS2"]
     assert run.layout == twin.layout and run.architecture == twin.architecture
     assert (run.memory_gib, twin.memory_gib) == (38, 44)
@@ -269,7 +277,7 @@ def test_gradients_that_are_not_sharded_are_seen() -> None:
 
 
 def test_hoppers_matrix_products_are_those_of_one_published_pair() -> None:
-    """llm-foundry's MPT-7B (ALiBi) on 8 GPUs: 4,641 tokens/s a GPU on A100, 10,643 on H100; both 12 % too fast here.
+    """llm-foundry's MPT-7B (ALiBi) on 8 GPUs: 4,641 tokens/s a GPU on A100, 10,643 on H100; both 13 % too fast here.
 
     FSDP gathers weights, which is not modelled; what it costs on one machine calibrates the other.
     Source: mosaicml/llm-foundry, scripts/train/benchmarking/README.md.
@@ -289,7 +297,7 @@ def test_hoppers_matrix_products_are_those_of_one_published_pair() -> None:
     for name, published in (("a100-80", 4641), ("h100", 10_643)):
         per_gpu = 192 * 2048 / step_time(architecture, layout, PRESETS[name]).seconds / 8
         ratios.append(per_gpu / published)
-    assert ratios[1] == pytest.approx(ratios[0], rel=0.02) and ratios[0] == pytest.approx(1.12, abs=0.01)
+    assert ratios[1] == pytest.approx(ratios[0], rel=0.02) and ratios[0] == pytest.approx(1.13, abs=0.01)
 
 
 MEGATRON_2022 = [
@@ -337,7 +345,8 @@ def test_mfu_of_megatron_lm(row: tuple[object, ...]) -> None:
     assert mfu == pytest.approx(row[10], abs=0.25)
     cluster = PRESETS["a100-80"]
     assert cluster.matmul_fraction == JEAN_ZAY.matmul_fraction
-    # 5 % and less; 1T is 7 % slower here than published: its bubble, 63 of 512 micro-batches.
-    assert step_time(architecture, layout, cluster).seconds == pytest.approx(row[9], rel=0.07)
+    # 1T is 6 % slower here than published: its bubble, 63 of 512 micro-batches.
+    bound = 0.065 if row[0] == "1T" else 0.035
+    assert step_time(architecture, layout, cluster).seconds == pytest.approx(row[9], rel=bound)
     architecture, layout = megatron_layout(row, recompute="full", sequence_parallel=False)
-    assert step_time(architecture, layout, cluster).seconds == pytest.approx(row[11], rel=0.07)
+    assert step_time(architecture, layout, cluster).seconds == pytest.approx(row[11], rel=bound)
