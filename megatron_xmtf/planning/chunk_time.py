@@ -3,7 +3,8 @@
     a layer's forward   matrix products in waves (`matrix_products.py`) / (peak x matmul_fraction)
                         + other traffic / (memory x memory_fraction)
                         + sums over tensor-parallel ranks + a third of launch_ms_per_layer
-    its backward        products for its inputs and its weights; what is recomputed; adding up gradients
+    its backward        products for its inputs and its weights; what is recomputed; adding up gradients; of its sums
+                        what no product hides
     the embedding       its rows, their sum over the tensor-parallel ranks; the gradient of the whole table
     the output layer    products, traffic of the logits, adding up the gradient
 
@@ -96,10 +97,24 @@ def _rates(layout: Layout, cluster: Cluster) -> tuple[float, float]:
     return peak * 1e12 * cluster.matmul_fraction, cluster.memory_gb_per_second * 1e9 * cluster.memory_fraction
 
 
+def _linear_flops(
+    tokens: int, inputs: int, outputs: int, layout: Layout, cluster: Cluster
+) -> tuple[float, float, float]:
+    """Return `linear_flops` on a cluster's GPU."""
+    peak = cluster.fp32_tflops if layout.precision == "fp32" else cluster.peak_tflops
+    return linear_flops(
+        tokens,
+        inputs,
+        outputs,
+        multiprocessors=cluster.multiprocessors,
+        shortest_piece=math.ceil(4e3 * peak / cluster.memory_gb_per_second),
+    )
+
+
 def _layer_time(work: LayerWork, layout: Layout, cluster: Cluster, *, is_causal: bool) -> ChunkTime:
     operations, memory = _rates(layout, cluster)
     scores_forward, scores_backward = _attention_seconds(work, layout, cluster, is_causal=is_causal)
-    flops = [linear_flops(*product, multiprocessors=cluster.multiprocessors) for product in work.products]
+    flops = [_linear_flops(*product, layout, cluster) for product in work.products]
     products = sum(forward for forward, _, _ in flops) / operations
     products_backward = sum(of_inputs + of_weights for _, of_inputs, of_weights in flops) / operations
     again_matmul = again_bytes = 0.0
@@ -139,7 +154,7 @@ def _backward_sums(work: LayerWork, layout: Layout, cluster: Cluster) -> Traffic
         if not layout.engine.overlaps_sums:
             seconds += whole.seconds
             continue
-        _, of_inputs, of_weights = linear_flops(tokens, inputs, outputs, multiprocessors=cluster.multiprocessors)
+        _, of_inputs, of_weights = _linear_flops(tokens, inputs, outputs, layout, cluster)
         if not layout.parallel.sequence_parallel:
             seconds += max(0.0, whole.seconds - of_weights / operations)
             continue
@@ -213,8 +228,8 @@ def _head_time(architecture: Architecture, layout: Layout, cluster: Cluster) -> 
         # Beyond one chunk the logits are computed again in the backward pass.
         pieces = 1 if layout.head == "reference" else max(1, math.ceil(positions * words / LOGITS_AT_ONCE))
         again = 0 if pieces == 1 else 1
-    forward, of_input, of_weight = linear_flops(
-        math.ceil(positions), architecture.hidden_size, math.ceil(words), multiprocessors=cluster.multiprocessors
+    forward, of_input, of_weight = _linear_flops(
+        math.ceil(positions), architecture.hidden_size, math.ceil(words), layout, cluster
     )
     traffic = (logit_forward + logit_backward) * positions * words / memory
     # Our head's gradient is a parameter's like any other, which nothing adds up within the product.

@@ -13,7 +13,7 @@ on one published row; `tests/planning/test_published_runs.py` solves them again 
     launch_ms_per_layer  the same, 4 rows                   half as many micro-batches
     ring_fraction        BLOOM's smallest batch, 16 rows    one micro-batch, then gradients and weights
     hop_ms               178B at TP8                        eight ranks in each sum instead of four
-    unaligned_fraction   182B with 128 heads of 108         96 heads of 144 took 38 % less
+    unaligned_fraction   182B with 128 heads of 108         96 heads of 144 took 27 % less
     framework_gib        176B at TP8                        GiB beside what is counted
 
 Source:  NVIDIA's data sheets (peaks, memory, NVLink); ml-engineering, "MAMF" (794.5 TFLOP/s of an H100's 989 in the
@@ -135,8 +135,8 @@ PRESETS: dict[str, Cluster] = {
             launch_ms_per_layer=5.07,
             **{**_A100, "storage_gb_per_second": 57.0},  # 2.3 TB in 40 s (bigscience chronicles)
             source="matmul_fraction, launch_ms_per_layer, ring_fraction, hop_ms calibrated on published step times of "
-            "BLOOM with 2 and 4 rows a micro-batch, of its smallest batch and of 178B at TP8; framework_gib on the "
-            "memory of 176B at TP8",
+            "BLOOM with 2 and 4 rows a micro-batch, of its smallest batch and of 178B at TP8, unaligned_fraction of 182B "
+            "with heads of 108; framework_gib on the memory of 176B at TP8",
         ),
         Cluster(
             name="a100-80",

@@ -2,7 +2,8 @@
 
     tensor      each layer sums its hidden states over the tensor-parallel ranks: twice forward, twice backward, twice
                 more when it is recomputed; a ring sends 2 (t - 1) / t of each tensor in 2 (t - 1) hops. Sequence
-                parallelism makes halves of each sum, the same bytes and hops
+                parallelism makes halves of each sum, the same bytes and hops, and gathers what came in once more
+                backward. What products hide of the backward pass's: `chunk_time._backward_sums`
     pipeline    each stage sends hidden states on and their gradients back, once a micro-batch and chunk, at each of its
                 borders: both directions at once (Megatron-Core), or one after the other (DeepSpeed)
     data        gradients summed: reduce-scatter (d - 1) / d of them, all-reduce twice that; weights gathered where the

@@ -4,17 +4,21 @@
     megatron_core                  2          4            0  12  (/ dp)     10, or 8 fused    reduce-scatter, fp32
     deepspeed_bf16                 2     4 + 2             0  12 / dp        18                all-reduce, fp32
                                                   and 4 of the largest parameter, while it is made fp32
-    deepspeed_fp16_zero1           2          2            0  16 / dp         6                all-reduce, fp16
+    deepspeed_fp16_zero1           2          2            0  16 / dp         6                as all-reduce, fp16
     deepspeed_fp16                 2          2            8  12              6                all-reduce, fp16
 
 "Per micro-batch" is memory traffic: what adding up gradients reads and writes. In fp32, ours has 4, 4 and 8 bytes.
 
+ZeRO-1 reduces a slice of a bucket after the other to the rank that owns it (`average_tensor`), half the bytes of an
+all-reduce; by the published table of batch sizes that takes as long as one (constant part of a step 3.9 s; all-reduced
+4.4 s, with half the bytes 3.1 s), and it is counted as one.
+
 Source:  Megatron-Core, DistributedDataParallel, DistributedOptimizer and tensor_parallel/layers.py
-         (`LinearWithGradAccumulationAndAsyncCommunication`; sums behind products need CUDA_DEVICE_MAX_CONNECTIONS=1,
-         which a run sets); DeepSpeed 0.6, runtime/bf16_optimizer.py
-         (gradients in fp32 that are not sharded, each micro-batch's in bf16 converted and added), runtime/engine.py
-         (`buffered_allreduce_fallback`), runtime/fp16/fused_optimizer.py (`_flatten_dense_tensors` of gradients that
-         are converted to fp32 first: two copies), stage_1_and_2.py (fp32 weights, moments and gradients in shards),
+         (`LinearWithGradAccumulationAndAsyncCommunication`; sums beside products need CUDA_DEVICE_MAX_CONNECTIONS=1,
+         which a run sets); DeepSpeed 0.6, runtime/bf16_optimizer.py (gradients in fp32 that are not sharded, each
+         micro-batch's in bf16 converted and added), runtime/engine.py (`buffered_allreduce_fallback`),
+         runtime/fp16/fused_optimizer.py (`_flatten_dense_tensors` of gradients that are converted to fp32 first: two
+         copies), stage_1_and_2.py (fp32 weights, moments and gradients in shards),
          runtime/pipe/schedule.py (`TrainSchedule`: send, then receive, blocking; simulated, its steps take what the
          closed formula says). bigscience-workshop/Megatron-DeepSpeed, megatron/model/transformer.py @ 4989bcd (ALiBi is
          expanded into the result that `baddbmm` adds to).

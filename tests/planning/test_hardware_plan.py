@@ -74,7 +74,7 @@ def test_parts_add_up_and_the_data_lightens_the_head() -> None:
     parts = (time.matmul, time.memory, time.launch, time.tensor, time.pipeline, time.bubble, time.data)
     assert sum(parts) + time.embedding + time.update == pytest.approx(time.seconds)
     part = plan_hardware(config, PUBLISHED["bloomz-560m"], JEAN_ZAY, gpus=32, attention="fused", loss_fraction=0.2)
-    assert part.time.matmul < 0.85 * time.matmul and part.memory[-1].logits < whole.memory[-1].logits
+    assert part.time.matmul < 0.75 * time.matmul and part.memory[-1].logits < whole.memory[-1].logits
     assert whole.cost.target_tokens_per_second is None
     assert part.cost.target_tokens_per_second == pytest.approx(0.2 * part.cost.tokens_per_second)
 

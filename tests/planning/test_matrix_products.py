@@ -38,10 +38,27 @@ def test_a_linear_layer_is_three_products() -> None:
     """Two of them [3,072, 1,152] and [1,152, 3,072], which fill one wave each; the third [3,072, 3,072] in three."""
     tokens, inputs, outputs = 3072, 1152, 3072
     whole = 2 * tokens * inputs * outputs
-    forward, of_inputs, of_weights = linear_flops(tokens, inputs, outputs, multiprocessors=108)
+    forward, of_inputs, of_weights = linear_flops(tokens, inputs, outputs, multiprocessors=108, shortest_piece=612)
     assert forward == pytest.approx(whole * 3 * 108 / (12 * 24))
     assert of_inputs == of_weights == pytest.approx(whole)
-    assert linear_flops(0, inputs, outputs, multiprocessors=108) == (0.0, 0.0, 0.0)
+    assert linear_flops(0, inputs, outputs, multiprocessors=108, shortest_piece=612) == (0.0, 0.0, 0.0)
+
+
+def test_few_tiles_with_much_to_sum_are_cut() -> None:
+    """The head of BLOOM-560m at 410 positions: 2 x 8 tiles of [410, 1,024], six pieces of each, 96 of 108 at work.
+
+    Its weight's gradient sums over 410 positions alone, too few to cut, and has tiles enough.
+    """
+    whole = 2 * 410 * 1024 * 250_880
+    forward, of_inputs, of_weights = linear_flops(410, 1024, 250_880, multiprocessors=108, shortest_piece=612)
+    assert of_inputs == pytest.approx(whole * 108 / 96 * 512 / 410)
+    assert wave_factor(410, 1024, multiprocessors=108) == pytest.approx(108 / 16 * 512 / 410)
+    for got, (rows, columns) in ((forward, (410, 250_880)), (of_weights, (1024, 250_880))):
+        assert got == pytest.approx(whole * wave_factor(rows, columns, multiprocessors=108))
+    # 1,024 to sum are one piece of 612 and more; 1,224 two, and 16 tiles become 32 of half the length.
+    for depth, pieces in ((1024, 1), (1224, 2)):
+        forward, _, _ = linear_flops(410, depth, 1024, multiprocessors=108, shortest_piece=612)
+        assert forward == pytest.approx(2 * 410 * 1024 * depth * 108 / 16 * 512 / 410 / pieces)
 
 
 def test_attention_is_six_products_of_all_heads() -> None:
@@ -94,7 +111,10 @@ def test_ours_sums_behind_the_weights_gradient(gb_per_second: float, sequence_pa
     sent = 1.5 * 4096 * 14_336 * 2 / 1e9
     exposed = {(230.0, False): 2 * sent / 230, (230.0, True): 3 * sent / 230}
     if gb_per_second == 1.0:
-        products = [linear_flops(4096, 14_336, outputs, multiprocessors=108)[2] for outputs in (10_752, 14_336)]
+        products = [
+            linear_flops(4096, 14_336, outputs, multiprocessors=108, shortest_piece=612)[2]
+            for outputs in (10_752, 14_336)
+        ]
         wanted = 4 * sent - sum(products) / (312e12 * cluster.matmul_fraction)
     else:
         wanted = exposed[gb_per_second, sequence_parallel]
