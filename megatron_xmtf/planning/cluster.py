@@ -135,8 +135,8 @@ PRESETS: dict[str, Cluster] = {
             launch_ms_per_layer=5.07,
             **{**_A100, "storage_gb_per_second": 57.0},  # 2.3 TB in 40 s (bigscience chronicles)
             source="matmul_fraction, launch_ms_per_layer, ring_fraction, hop_ms calibrated on published step times of "
-            "BLOOM with 2 and 4 rows a micro-batch, of its smallest batch and of 178B at TP8, unaligned_fraction on that "
-            "of 182B with heads of 108; framework_gib on the memory of 176B at TP8",
+            "BLOOM with 2 and 4 rows a micro-batch, of its smallest batch and of 178B at TP8, unaligned_fraction on "
+            "that of 182B with heads of 108; framework_gib on the memory of 176B at TP8",
         ),
         Cluster(
             name="a100-80",

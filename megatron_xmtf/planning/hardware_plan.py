@@ -72,7 +72,7 @@ class HardwarePlan:
     by_recompute: dict[str, float]
     """GiB of the fullest rank under each choice of recomputation."""
     plain_head_gib: float
-    """What plain logits would take; the plan's are in `memory`."""
+    """What a plain head would hold, all logits at once; the plan's is in `memory`."""
     search: SearchResult | None
     has_target_tokens: bool
     """`layout.loss_fraction` is the data plan's; otherwise 1 is an upper bound."""

@@ -142,7 +142,7 @@ def _word_memory(plan: HardwarePlan, *, fold: bool) -> str:
             + f"{stage.total / GIB:>11.2f}"
         )
     folded = f" ({len(stages)} of {len(plan.memory)} stages)" if len(stages) < len(plan.memory) else ""
-    plain = f"; plain logits would take {plan.plain_head_gib:.2f}" if not plan.layout.engine.keeps_logits else ""
+    plain = f"; a plain head would take {plan.plain_head_gib:.2f}" if not plan.layout.engine.keeps_logits else ""
     return f"memory of a GPU, GiB{folded}{plain}\n" + "\n".join(lines)
 
 
