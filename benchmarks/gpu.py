@@ -9,7 +9,8 @@
 3. attention   packed rows: ours, FlexAttention, torch's flash attention without ALiBi, flash-attn; relative bias
 4. head        loss over 250,880 words: ours in Triton and in plain torch, the plain head, Liger's
 5. steps       forward, backward and update of BLOOM-560m to 7b1 on packed rows of 2,048, beside `transformers`
-6. pointwise   norms and activations: torch, compiled, Liger
+6. blocks      attention's kernels under other sizes of blocks than the chosen ones
+7. pointwise   norms, activations, bias with dropout and residual: torch, compiled, Liger, ours
 
 Each part is its own process, so that one which fails, hangs, or takes all memory, ends alone; what it found until then,
 and what it said, are in the results, and the exit code is then 1. Nothing goes on beyond --minutes; results are written
@@ -45,6 +46,7 @@ PARTS = {
     "step 3b": ("gpu_steps", 120),
     "step 7b1": ("gpu_steps", 120),
     "step 560m": ("gpu_steps", 120),
+    "blocks": ("gpu_blocks", 120),
     "pointwise": ("gpu_kernels", 90),
 }
 SHORTEST = 20.0

@@ -99,6 +99,37 @@ def test_a_model_is_given_back_before_the_next_is_built(
     assert at_release == [False, False]
 
 
+def test_the_best_cut_is_one_that_runs_and_is_right(
+    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    module = load("gpu_blocks")
+    exact = [torch.ones(3), torch.ones(3)]
+    # By warps: the chosen cut, a slow one, a fast one, the fastest, which is wrong, and one that does not start.
+    seconds = {8: 3.0, 1: 4.0, 2: 2.0, 16: 1.0}
+
+    class Stub:
+        expected = exact
+
+        def run(self, cuts: Any) -> Any:
+            (cut,) = cuts.values()
+            if cut.num_warps == 32:
+                raise RuntimeError("out of resource: shared memory")
+            found = [torch.zeros(3), torch.ones(3)] if cut.num_warps == 16 else exact
+            return found, lambda: cut.num_warps, lambda: 0
+
+    monkeypatch.setattr(module.timing, "milliseconds", lambda function: seconds[function()])
+    candidates = [(128, 64, warps, 3) for warps in (8, 1, 2, 16, 32)]
+    monkeypatch.setattr(module.timing, "HALF", torch.bfloat16)
+    rows, late = module.measured("attention_forward", 128, candidates, [Stub()], ends=time.monotonic() + 60)
+    assert [row["warps"] for row in rows] == [8, 1, 2, 16, 32] and late == 0, "the chosen one is tried once"
+    assert [row.get("best") for row in rows] == [False, False, True, False, None]
+    assert [row.get("holds") for row in rows] == [True, True, True, False, None]
+    assert rows[2]["speed, times the chosen's"] == 1.5 and "shared memory" in rows[4]["remark"]
+    rows, late = module.measured("attention_forward", 128, candidates, [Stub()], ends=time.monotonic() - 1)
+    assert len(rows) == 1 and rows[0]["chosen"] and late == 4
+
+
 def test_goals_are_set_beside_what_was_found(load: Callable[[str], Any]) -> None:
     rows = {"model": "7b1", "rows": "one segment"}
     parts = {

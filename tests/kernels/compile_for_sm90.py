@@ -1,6 +1,7 @@
 """Compile every Triton kernel for an H100 or H200 without having one, and print what the machine code says of itself.
 
     python -m tests.kernels.compile_for_sm90 [PRECISION HEAD_DIM]      few of all kernels, or all of these
+    python -m tests.kernels.compile_for_sm90 candidates HEAD_DIM       every cut that benchmarks/gpu_blocks.py tries
 
 One JSON object a kernel: registers a thread, bytes of stack (spilled registers lie there), bytes of shared memory, and
 whether tensor cores are used. Run in a process of its own: Triton is told at its import whether it compiles.
@@ -50,23 +51,44 @@ def all_cases(precision: str, head_dim: int) -> Iterator[tuple[str, dict[str, An
         yield "bias_gradient", {**given, "bias": "relative"}
 
 
+def candidate_cases(head_dim: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every cut that is tried on a GPU for heads of this width."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from gpu_blocks import CANDIDATES
+
+    from megatron_xmtf.kernels.segment_attention.blocks import Blocks
+
+    for (kernel, width), candidates in CANDIDATES.items():
+        for candidate in candidates if width == ("wide" if head_dim > 64 else "narrow") else ():
+            given = {"precision": "bf16", "head_dim": head_dim, "bias": "alibi", "drops": False}
+            yield kernel, {**given, "blocks": Blocks(*candidate)}
+
+
 def compile_attention(
-    name: str, *, precision: str, head_dim: int, bias: Any, drops: bool, length: int | None = None
+    name: str,
+    *,
+    precision: str,
+    head_dim: int,
+    bias: Any,
+    drops: bool,
+    length: int | None = None,
+    blocks: Any = None,
 ) -> dict[str, Any]:
     """Compile one kernel as `attend.py` launches it, for rows of odd lengths and strides that 16 divides.
 
     Args:  length: of rows: 1, which Triton compiles in as it does every integer that is 1; None: known at the launch.
+           blocks: the cut; None: the chosen one.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from megatron_xmtf.kernels.segment_attention import backward, forward
-    from megatron_xmtf.kernels.segment_attention.attend import choose_blocks
+    from megatron_xmtf.kernels.segment_attention.blocks import choose_blocks
 
     function = getattr(forward, name, None) or getattr(backward, name)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    blocks = choose_blocks(name, PRECISIONS[precision], block_d, bias, drops=drops)
+    blocks = blocks or choose_blocks(name, PRECISIONS[precision], block_d, bias, drops=drops)
     constants = {
         **{"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BIAS": bias, "DROPS": drops},
         **{"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "BLOCK": blocks.queries},
@@ -94,6 +116,7 @@ def compile_attention(
     return {
         "kernel": name,
         **{"precision": precision, "head_dim": head_dim, "bias": bias, "drops": drops, "length": length},
+        "blocks": str(blocks),
         **read_usage(compiled.asm["cubin"]),
         "shared_bytes": compiled.metadata.shared,
         "has_tensor_cores": "wgmma" in compiled.asm["ptx"],
@@ -151,7 +174,12 @@ def read_usage(cubin: bytes) -> dict[str, int]:
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET", "0") == "0", "nothing is compiled where Triton interprets"
-    chosen = all_cases(sys.argv[1], int(sys.argv[2])) if sys.argv[1:] else few_cases()
+    if not sys.argv[1:]:
+        chosen = few_cases()
+    elif sys.argv[1] == "candidates":
+        chosen = candidate_cases(int(sys.argv[2]))
+    else:
+        chosen = all_cases(sys.argv[1], int(sys.argv[2]))
     for name, settings in chosen:
         print(json.dumps(compile_attention(name, **settings)), flush=True)
     for name in ("logit_statistics", "logit_gradient") if not sys.argv[1:] else ():

@@ -55,3 +55,11 @@ def test_every_kernel_compiles_without_spilled_registers(precision: str, head_di
     kernels = compiled(precision, str(head_dim))
     assert len(kernels) == 20  # three with three biases and one, with and without dropout
     check(kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_every_cut_that_is_tried_on_a_gpu_compiles_without_spilled_registers(head_dim: int) -> None:
+    kernels = compiled("candidates", str(head_dim))
+    assert {kernel["kernel"] for kernel in kernels} == {"attention_forward", "query_gradient", "key_value_gradient"}
+    check(kernels)

@@ -34,16 +34,16 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 @pytest.fixture(scope="module")
 def larger_blocks() -> Iterator[None]:
     """Cut fp32 as half precision is cut: the interpreter takes as long for a small block as for a large one."""
-    from megatron_xmtf.kernels.segment_attention import attend
+    from megatron_xmtf.kernels.segment_attention import blocks
 
     larger = {}
-    for kernel, kind, width in attend.BLOCKS:
+    for kernel, kind, width in blocks.BLOCKS:
         half = "relative" if kernel == "bias_gradient" else "half"
-        larger[kernel, kind, width] = attend.BLOCKS[kernel, half if kind == "fp32" else kind, width]
+        larger[kernel, kind, width] = blocks.BLOCKS[kernel, half if kind == "fp32" else kind, width]
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
-            patch.setattr(attend, "BLOCKS", larger)
-            patch.setattr(attend, "DROPPING", {})
+            patch.setattr(blocks, "BLOCKS", larger)
+            patch.setattr(blocks, "DROPPING", {})
         yield
 
 
@@ -313,12 +313,12 @@ def test_dropout_drops_its_share_and_differs_by_head_row_and_seed() -> None:
 @pytest.fixture
 def other_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Return a function that makes all blocks 16 x 16 from then on."""
-    from megatron_xmtf.kernels.segment_attention import attend
+    from megatron_xmtf.kernels.segment_attention import blocks
 
     def change() -> None:
-        smaller = {place: attend.Blocks(16, 16, 4, 1) for place in attend.BLOCKS}
-        monkeypatch.setattr(attend, "BLOCKS", smaller)
-        monkeypatch.setattr(attend, "DROPPING", {})
+        smaller = {place: blocks.Blocks(16, 16, 4, 1) for place in blocks.BLOCKS}
+        monkeypatch.setattr(blocks, "BLOCKS", smaller)
+        monkeypatch.setattr(blocks, "DROPPING", {})
 
     yield change
 

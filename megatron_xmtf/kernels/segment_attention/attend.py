@@ -1,4 +1,4 @@
-"""Launch the kernels of attention over ranges, forward and backward: block sizes, memory, autograd.
+"""Launch the kernels of attention over ranges, forward and backward: memory, strides, autograd.
 
     query [q, b, n, d], key, value [k, b, n, d]  ->  context [q, b, n * d]
 
@@ -9,8 +9,7 @@ nor probabilities nor dropout's masks are ever stored.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
@@ -18,68 +17,11 @@ from torch import Tensor
 
 from megatron_xmtf.kernels.segment_attention.available import LARGEST_HEAD_DIM
 from megatron_xmtf.kernels.segment_attention.backward import bias_gradient, key_value_gradient, query_gradient
+from megatron_xmtf.kernels.segment_attention.blocks import Bias, Blocks, BlocksByKernel, choose_blocks
 from megatron_xmtf.kernels.segment_attention.forward import BIAS_PADDING, attention_forward
 from megatron_xmtf.kernels.segment_attention.visible import VisibleRanges
 
-__all__ = ["Blocks", "attend_ranges", "choose_blocks"]
-
-Bias = Literal["none", "alibi", "relative"]
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """How a kernel cuts its work."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-    """Blocks of keys (or of queries) that are under way from memory at once."""
-
-
-def choose_blocks(kernel: str, dtype: torch.dtype, block_d: int, kind: Bias, *, drops: bool) -> Blocks:
-    """Return the cut of a kernel, one of `BLOCKS` or, with dropout, of `DROPPING`."""
-    width = "wide" if block_d > 64 else "narrow"
-    place = kernel, "fp32" if dtype.itemsize == 4 else "relative" if kind == "relative" else "half", width
-    return DROPPING.get(place, BLOCKS[place]) if drops else BLOCKS[place]
-
-
-BLOCKS = {
-    # No register is spilled on an H100 or H200, and in half precision, where it costs no more, several blocks share a
-    # multiprocessor (`tests/kernels/test_compiled.py` reads that out of the machine code). The learned bias takes
-    # registers of its own. narrow: head_dim up to 64.
-    ("attention_forward", "half", "narrow"): Blocks(64, 64, 4, 3),
-    ("attention_forward", "half", "wide"): Blocks(128, 64, 8, 3),
-    ("attention_forward", "relative", "narrow"): Blocks(128, 64, 8, 2),
-    ("attention_forward", "relative", "wide"): Blocks(64, 32, 4, 2),
-    ("query_gradient", "half", "narrow"): Blocks(64, 64, 4, 3),
-    ("query_gradient", "half", "wide"): Blocks(128, 64, 8, 2),
-    ("query_gradient", "relative", "narrow"): Blocks(64, 64, 4, 2),
-    ("query_gradient", "relative", "wide"): Blocks(128, 32, 8, 2),
-    ("key_value_gradient", "half", "narrow"): Blocks(64, 128, 8, 3),
-    ("key_value_gradient", "half", "wide"): Blocks(32, 128, 8, 3),
-    ("key_value_gradient", "relative", "narrow"): Blocks(32, 128, 8, 2),
-    ("key_value_gradient", "relative", "wide"): Blocks(32, 128, 8, 2),
-    ("bias_gradient", "relative", "narrow"): Blocks(64, 64, 8, 1),
-    ("bias_gradient", "relative", "wide"): Blocks(64, 64, 8, 1),
-    # fp32 is multiplied without tensor cores, element by element: a thread holds whole rows of what it multiplies, and
-    # blocks are as small as they may be. Where two blocks are under way they pass through shared memory, not registers.
-    ("attention_forward", "fp32", "narrow"): Blocks(32, 32, 8, 1),
-    ("attention_forward", "fp32", "wide"): Blocks(32, 16, 8, 2),
-    ("query_gradient", "fp32", "narrow"): Blocks(32, 32, 8, 1),
-    ("query_gradient", "fp32", "wide"): Blocks(16, 16, 8, 2),
-    ("key_value_gradient", "fp32", "narrow"): Blocks(32, 32, 8, 1),
-    ("key_value_gradient", "fp32", "wide"): Blocks(16, 16, 8, 1),
-    ("bias_gradient", "fp32", "narrow"): Blocks(32, 32, 8, 1),
-    ("bias_gradient", "fp32", "wide"): Blocks(16, 16, 4, 1),
-}
-
-DROPPING = {
-    # Where dropout's random numbers would not fit the registers beside the rest.
-    ("attention_forward", "fp32", "narrow"): Blocks(32, 16, 8, 1),
-    ("attention_forward", "relative", "wide"): Blocks(64, 32, 8, 2),
-    ("key_value_gradient", "half", "narrow"): Blocks(32, 128, 8, 3),
-}
+__all__ = ["attend_ranges"]
 
 
 def attend_ranges(
@@ -92,12 +34,14 @@ def attend_ranges(
     alibi_slopes: Tensor | None = None,
     bias_by_distance: Tensor | None = None,
     dropout: float = 0.0,
+    blocks: BlocksByKernel | None = None,
 ) -> Tensor:
     """Attend; a query that sees nothing gets zeros.
 
     Args:    query: [q, b, n, d]. key, value: [k, b, n, d]; fp32, bf16 or fp16, this rank's heads.
              alibi_slopes: fp32 [n]. bias_by_distance: [n, 2 L - 1], column L - 1 + (key - query); it gets a gradient.
              dropout: of probabilities; its seed is drawn from the default generator of the device.
+             blocks: other cuts than those of `blocks.py`, to be measured or tested.
     Returns: [q, b, n * d], dtype of `query`.
     """
     assert query.size(-1) <= LARGEST_HEAD_DIM, f"head_dim {query.size(-1)} is above {LARGEST_HEAD_DIM}"
@@ -105,7 +49,7 @@ def attend_ranges(
     seed = torch.randint(1 << 62, (1,), device=query.device) if dropout > 0.0 else None
     bias = alibi_slopes if bias_by_distance is None else bias_by_distance
     kind: Bias = "none" if bias is None else "alibi" if bias_by_distance is None else "relative"
-    context: Tensor = _RangeAttention.apply(query, key, value, bias, ranges, kind, scale, dropout, seed)
+    context: Tensor = _RangeAttention.apply(query, key, value, bias, ranges, kind, scale, dropout, seed, blocks or {})
     return context.flatten(2)
 
 
@@ -124,9 +68,10 @@ class _RangeAttention(torch.autograd.Function):
         scale: float,
         dropout: float,
         seed: Tensor | None,
+        given: BlocksByKernel,
     ) -> Tensor:
         query, key, value = (_with_contiguous_rows(tensor) for tensor in (query, key, value))
-        call = _Call(query, key, value, bias, ranges, kind, scale, dropout, seed)
+        call = _Call(query, key, value, bias, ranges, kind, scale, dropout, seed, given)
         sequence, batch, heads, _ = query.shape
         context = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         log_sum = torch.empty(batch, heads, sequence, dtype=torch.float32, device=query.device)
@@ -141,21 +86,21 @@ class _RangeAttention(torch.autograd.Function):
             BIAS=kind,
         )
         ctx.save_for_backward(query, key, value, bias, seed, context, log_sum)
-        ctx.ranges, ctx.kind, ctx.scale, ctx.dropout = ranges, kind, scale, dropout
+        ctx.ranges, ctx.kind, ctx.scale, ctx.dropout, ctx.given = ranges, kind, scale, dropout, given
         return context
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, seed, context, log_sum = ctx.saved_tensors
         of_context = _with_contiguous_rows(gradients[0])
-        call = _Call(query, key, value, bias, ctx.ranges, ctx.kind, ctx.scale, ctx.dropout, seed)
+        call = _Call(query, key, value, bias, ctx.ranges, ctx.kind, ctx.scale, ctx.dropout, seed, ctx.given)
         delta = torch.empty_like(log_sum)
         of_query = call.query_gradient(context, of_context, log_sum, delta)
         of_key, of_value = call.key_value_gradient(of_context, log_sum, delta)
         of_bias = None
         if ctx.kind == "relative" and ctx.needs_input_grad[3]:
             of_bias = call.bias_gradient(of_context, log_sum, delta).to(bias.dtype)
-        return of_query, of_key, of_value, of_bias, None, None, None, None, None
+        return of_query, of_key, of_value, of_bias, None, None, None, None, None, None
 
 
 class _Call:
@@ -172,6 +117,7 @@ class _Call:
         scale: float,
         dropout: float,
         seed: Tensor | None,
+        given: BlocksByKernel,
     ) -> None:
         self.query, self.key, self.value, self.ranges, self.kind = query, key, value, ranges, kind
         # A kernel that does not read them is given something that it could.
@@ -183,9 +129,11 @@ class _Call:
             assert self.longest >= max(query.size(0), key.size(0)), "the bias has every distance of the row"
             self.bias = torch.nn.functional.pad(self.bias, (0, BIAS_PADDING.value))
         self.numbers = (query.size(0), key.size(0), self.longest, scale, dropout)
-        self.drops = dropout > 0.0
+        self.drops, self.given = dropout > 0.0, given
 
     def blocks(self, kernel: str) -> Blocks:
+        if kernel in self.given:
+            return self.given[kernel]
         return choose_blocks(kernel, self.query.dtype, _block_d(self.query), self.kind, drops=self.drops)
 
     def constants(self, blocks: Blocks) -> dict[str, Any]:
