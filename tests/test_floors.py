@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "megatron_xmtf"
 FLOORS = [
-    "errors files progress allocator worker_pool config prompts data parallel kernels models checkpoint conversion",
+    "errors files progress allocator streamed_io read_ahead worker_pool",
+    "config prompts data parallel kernels models checkpoint conversion",
     "evaluation training planning report cluster quickstart cli",
 ]
 ORDER = [name for line in FLOORS for name in line.split()]

@@ -37,6 +37,7 @@ __all__ = [
     "CheckpointManifest",
     "FileEntry",
     "begin_checkpoint",
+    "check_found_hashes",
     "discard_checkpoint",
     "finish_checkpoint",
     "hash_files",
@@ -240,6 +241,15 @@ def verify_hashes(directory: Path | str, manifest: CheckpointManifest, *, names:
         found = hash_files(Path(directory), manifest.files if names is None else names)
     except OSError as error:  # the disk refuses to read a file that is there
         raise CorruptCheckpointError(_damaged(Path(directory), [str(error)])) from error
+    check_found_hashes(directory, manifest, found)
+
+
+def check_found_hashes(directory: Path | str, manifest: CheckpointManifest, found: Mapping[str, str]) -> None:
+    """Compare SHA-256 of files that were read with the manifest's.
+
+    Args:    found: file -> hexadecimal SHA-256.
+    Raises:  CorruptCheckpointError: names every file whose bytes were altered.
+    """
     altered = [name for name, digest in found.items() if digest != manifest.files[name].sha256]
     if altered:
         raise CorruptCheckpointError(_damaged(Path(directory), [f"{name} was altered" for name in altered]))

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -23,10 +25,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_xmtf.checkpoint.hashed_reading import HashedReading
 from megatron_xmtf.checkpoint.safe_read import COMMON_NAME, read_metadata
-from megatron_xmtf.checkpoint.stored_chunk import StoredChunk, load_restricted
+from megatron_xmtf.checkpoint.stored_chunk import ReadInto, StoredChunk, load_restricted
 from megatron_xmtf.errors import CorruptCheckpointError
 from megatron_xmtf.files import require_file
+from megatron_xmtf.streamed_io import read_once
 
 __all__ = ["CheckpointReader", "StoredTensor", "check_safe"]
 
@@ -61,10 +65,13 @@ def check_safe(directory: Path | str) -> None:
 
 
 class CheckpointReader:
-    """An opened checkpoint; a context manager. Memory: what is read, and no more of a chunk than is asked for."""
+    """An opened checkpoint; a context manager. Memory: what is read, and no more of a chunk than is asked for.
 
-    def __init__(self, directory: Path | str) -> None:
-        self.directory = Path(directory)
+    Args:  once: nothing is read twice, by this process or others: what was read leaves the system's cache.
+    """
+
+    def __init__(self, directory: Path | str, *, once: bool = False) -> None:
+        self.directory, self._once = Path(directory), once
         self.metadata = read_metadata(directory)
         self.tensors: dict[str, StoredTensor] = {
             key: StoredTensor(tuple(entry.size), entry.properties.dtype)
@@ -74,6 +81,7 @@ class CheckpointReader:
         self._found: dict[MetadataIndex, StoredChunk] = {}
         self._name: str | None = None
         self._stream: IO[bytes] | None = None
+        self._hashed: dict[str, HashedReading] = {}
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -84,9 +92,29 @@ class CheckpointReader:
         self.close()
 
     def close(self) -> None:
-        """Close the file that is open."""
+        """Close the files that are open."""
         if self._stream is not None:
             self._stream.close()
+        for reading in self._hashed.values():
+            reading.close()
+
+    def begin_hashing(self, names: Iterable[str]) -> None:
+        """Hash files from now on while tensors are read from them."""
+        self._hashed |= {name: HashedReading(self.directory / name) for name in names}
+
+    def finish_hashing(self) -> dict[str, str]:
+        """Return file -> SHA-256 of all of it, what nobody has asked for included.
+
+        Raises:  CorruptCheckpointError: a file cannot be read.
+        """
+        found = {}
+        for name, reading in self._hashed.items():
+            try:
+                found[name] = reading.finish()
+            except OSError as error:
+                raise CorruptCheckpointError(f"{self.directory / name} cannot be read: {error}.") from error
+        self._hashed.clear()
+        return found
 
     def read(self, key: str, *, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """Return a tensor, or its rows [start, end) along the first dimension, in the stored type.
@@ -188,13 +216,19 @@ class CheckpointReader:
         rows, inner = (box[0].start, box[0].stop), None
         if len(box) > 1 and rows[1] - rows[0] == 1:
             inner = (box[1].start, box[1].stop)
-        part = found.read_rows(stream, rows, inner=inner)
+        part = found.read_rows(self._reading(place.relative_path, stream), rows, inner=inner)
         return part[(slice(None), *box[1:])] if inner is None else part[(slice(None), slice(None), *box[2:])]
 
     def _load(self, index: MetadataIndex) -> Any:
         place, stream = self.metadata.storage_data[index], self._open(index)
         view = _create_file_view(stream, place.offset, place.length)
         return load_restricted(view, f"{self.directory / place.relative_path}, {index.fqn}")
+
+    def _reading(self, name: str, stream: Any) -> ReadInto:
+        """Return how the numbers of a file's tensors are read."""
+        if name in self._hashed:
+            return self._hashed[name].read_into
+        return partial(read_once if self._once else _read, stream.fileno())
 
     def _open(self, index: MetadataIndex) -> Any:
         """Return the file that holds a chunk, opened; the last one stays open."""
@@ -205,6 +239,14 @@ class CheckpointReader:
             self._stream, self._name = open(self.directory / name, "rb"), name
         assert isinstance(self._stream, io.IOBase), "a stream opened by `open`"
         return self._stream
+
+
+def _read(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Fill a buffer of bytes; return the bytes read, fewer only at the file's end."""
+    done = 0
+    while done < len(buffer) and (count := os.preadv(descriptor, [buffer[done:]], offset + done)):
+        done += count
+    return done
 
 
 def _slices(begins: Sequence[int], ends: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from megatron_xmtf.checkpoint.agreement import Failure
 from megatron_xmtf.checkpoint.manifest import FileEntry
 from megatron_xmtf.files import sha256_file
+from megatron_xmtf.streamed_io import BLOCK_BYTES, write_once
 
 __all__ = ["ShardItem", "ShardWriter", "WrittenPart", "stage_items", "write_shard"]
 
@@ -43,6 +44,8 @@ FILES_A_RANK = 2
 """Shards of a rank, written and hashed by a thread each."""
 FILE_BYTES = 8 << 30
 """A rank with more data than twice this writes more shards, so that a reader's hashing has parts to share."""
+HASHED_BYTES = 1 << 18
+"""What is copied and hashed at a time; several of it fit into a core's cache."""
 KILL_SECONDS = 5.0
 """How long a killed writer is waited for: one in an uninterruptible wait for a dead file server never ends."""
 
@@ -226,12 +229,16 @@ def write_part(
 
 
 class HashedFile:
-    """A new file that hashes what is written to it and is flushed to the disk on a clean exit; a context manager."""
+    """A new file that hashes what is written to it and is flushed to the disk on a clean exit; a context manager.
+
+    It is written a block at a time, and does not stay in the system's cache.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._stream: IO[bytes] = open(path, "xb", buffering=1 << 20)
+        self._stream = open(path, "xb", buffering=0)
         self._digest = hashlib.sha256()
-        self._bytes = 0
+        self._block = memoryview(bytearray(BLOCK_BYTES))
+        self._filled = self._written = 0
 
     def __enter__(self) -> HashedFile:
         return self
@@ -239,29 +246,41 @@ class HashedFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
             if kind is None:
-                self._stream.flush()
+                self._write_block()
                 os.fsync(self._stream.fileno())
         finally:
             self._stream.close()
 
     def write(self, data: bytes | memoryview) -> int:
         """Append."""
-        self._digest.update(data)
-        self._bytes += memoryview(data).nbytes
-        return self._stream.write(data)
+        left = memoryview(data).cast("B")
+        total = len(left)
+        while left:
+            count = min(len(left), HASHED_BYTES, BLOCK_BYTES - self._filled)
+            piece = self._block[self._filled : self._filled + count]
+            # The copy brings the piece into the processor's cache, out of which hashing is twice as fast.
+            piece[:] = left[:count]
+            self._digest.update(piece)
+            self._filled, left = self._filled + count, left[count:]
+            if self._filled == BLOCK_BYTES:
+                self._write_block()
+        return total
 
     def flush(self) -> None:
-        """Hand over to the operating system."""
-        self._stream.flush()
+        """Do nothing: blocks are written when they are full, the last one on exit. `torch.save` wants the method."""
 
     def tell(self) -> int:
         """Return the bytes written so far."""
-        return self._bytes
+        return self._written + self._filled
+
+    def _write_block(self) -> None:
+        write_once(self._stream.fileno(), self._block[: self._filled], self._written)
+        self._written, self._filled = self._written + self._filled, 0
 
     @property
     def entry(self) -> FileEntry:
         """Size and hash of what was written."""
-        return FileEntry(self._bytes, self._digest.hexdigest())
+        return FileEntry(self.tell(), self._digest.hexdigest())
 
 
 def _even_buckets(items: Sequence[ShardItem]) -> list[list[ShardItem]]:

@@ -15,17 +15,20 @@ import io
 import math
 import pickle
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_xmtf.errors import CorruptCheckpointError
 
-__all__ = ["DAMAGE", "StoredChunk", "load_restricted"]
+__all__ = ["DAMAGE", "ReadInto", "StoredChunk", "load_restricted"]
+
+ReadInto = Callable[[memoryview, int], int]
+"""Fills a buffer of bytes from a place of a file; gives the bytes read, fewer only at the file's end."""
 
 DAMAGE = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError),
@@ -69,11 +72,12 @@ class StoredChunk:
         return cls(what, shape, dtype, None if place is None else offset + place)
 
     def read_rows(
-        self, stream: IO[bytes], rows: tuple[int, int], *, inner: tuple[int, int] | None = None
+        self, read_into: ReadInto, rows: tuple[int, int], *, inner: tuple[int, int] | None = None
     ) -> torch.Tensor:
         """Return rows [first, last) along the first dimension; memory of these alone.
 
-        Args:    inner: of one row, what is wanted along the second dimension: rows of one of the stacked layers.
+        Args:    read_into: of the file. inner: of one row, what is wanted along the second dimension: rows of one of
+                 the stacked layers.
         Raises:  CorruptCheckpointError: the file ends before them.
         """
         assert self.offset is not None, "read whole"
@@ -86,13 +90,12 @@ class StoredChunk:
             rest = rest[1:]
         row_bytes = self.dtype.itemsize * math.prod(rest)
         data = torch.empty((last - first) * row_bytes, dtype=torch.uint8)
-        stream.seek(self.offset + first * row_bytes)
-        left = data.numpy().data
-        while left:
-            count = stream.readinto(left)  # type: ignore[attr-defined]
-            if not count:
-                raise CorruptCheckpointError(f"{self.what} ends {len(left):,} bytes early; the checkpoint is damaged.")
-            left = left[count:]
+        try:
+            left = len(data) - read_into(data.numpy().data, self.offset + first * row_bytes)
+        except OSError as error:  # the disk refuses to read a file that is there
+            raise CorruptCheckpointError(f"{self.what} cannot be read: {error}.") from error
+        if left:
+            raise CorruptCheckpointError(f"{self.what} ends {left:,} bytes early; the checkpoint is damaged.")
         return data.view(self.dtype).view(*lead, last - first, *rest)
 
 

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_xmtf.allocator import keep_freed_memory
 from megatron_xmtf.checkpoint.manifest import FileEntry, finish_checkpoint
+from megatron_xmtf.checkpoint.row_ranges import CHUNK_BYTES
 from megatron_xmtf.checkpoint.safe_read import COMMON_NAME, FORMATS, METADATA_NAME, check_metadata
 from megatron_xmtf.checkpoint.shard_writer import write_shard
 from megatron_xmtf.conversion.tensor_source import SourceTensor, TensorSource, common_dtype
@@ -45,6 +46,7 @@ from megatron_xmtf.data.working_directory import LOCK, WorkingDirectory, working
 from megatron_xmtf.errors import ConfigError
 from megatron_xmtf.files import disk_errors, write_json
 from megatron_xmtf.progress import Progress
+from megatron_xmtf.read_ahead import read_ahead
 from megatron_xmtf.worker_pool import WorkerPool
 
 __all__ = [
@@ -52,12 +54,15 @@ __all__ = [
     "CheckpointDescription",
     "WrittenCheckpoint",
     "begin_process",
+    "fair_share",
     "processes_for",
     "write_checkpoint",
 ]
 
 FILE_BYTES = 1 << 30
 """What a killed conversion loses at most, in each process; a 176B model has 330 files."""
+FEWEST_SHARES = 16
+"""So that processes end at about the same time; of small models fewer."""
 BYTES_A_PROCESS = 2 << 30
 """A process takes seconds to start: a smaller model is written by this one."""
 
@@ -135,6 +140,11 @@ def processes_for(total_bytes: int) -> int:
     """Return how many processes write so much: a core each, up to 8, where they are worth their start."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, 8, total_bytes // BYTES_A_PROCESS))
+
+
+def fair_share(total_bytes: int) -> int:
+    """Return how much of a model a process does at a time, so that processes end together: a chunk at least."""
+    return max(CHUNK_BYTES, total_bytes // FEWEST_SHARES)
 
 
 class _Writing:
@@ -250,9 +260,10 @@ def _plan(tensors: Sequence[SourceTensor]) -> Iterator[_Part]:
     """Deal the chunks to files in their order."""
     chunks: list[tuple[int, int, int]] = []
     filled = count = 0
+    file_bytes = min(FILE_BYTES, fair_share(sum(tensor.bytes for tensor in tensors)))
     for number, tensor in enumerate(tensors):
         for first, last in tensor.chunks:
-            if chunks and filled + (last - first) * tensor.row_bytes > FILE_BYTES:
+            if chunks and filled + (last - first) * tensor.row_bytes > file_bytes:
                 yield _Part(f"__0_{count}.distcp", tuple(chunks))
                 chunks, filled, count = [], 0, count + 1
             chunks.append((number, first, last))
@@ -294,19 +305,21 @@ def _do(worker: _Worker, task: _Part | Path) -> _Outcome | None:
         worker.source.check(task)
         return None
 
-    def items() -> Iterator[tuple[MetadataIndex, torch.Tensor]]:
-        for number, first, last in task.chunks:
-            tensor = worker.tensors[number]
-            data = worker.source.read(tensor.name, (first, last))
-            assert data.dtype == tensor.dtype and data.shape == tensor.box(first, last)[1], tensor.name
-            yield MetadataIndex(f"{number}", (first,)), data
+    def read(chunk: tuple[int, int, int]) -> torch.Tensor:
+        number, first, last = chunk
+        tensor = worker.tensors[number]
+        data = worker.source.read(tensor.name, (first, last))
+        assert data.dtype == tensor.dtype and data.shape == tensor.box(first, last)[1], tensor.name
+        return data
+
+    items = ((MetadataIndex(f"{chunk[0]}", (chunk[1],)), data) for chunk, data in read_ahead(task.chunks, read))
 
     # The zip archive's own checksums are left out: each file has its SHA-256.
     checks = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
         with disk_errors(worker.directory / task.name):
-            places, files = write_shard(worker.directory, task.name, items())
+            places, files = write_shard(worker.directory, task.name, items)
     finally:
         torch.serialization.set_crc32_options(checks)
     places_in_file = [(place.offset, place.length) for place in places.values()]

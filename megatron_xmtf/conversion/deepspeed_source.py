@@ -26,9 +26,10 @@ from megatron_xmtf.conversion.deepspeed_layout import (
 from megatron_xmtf.conversion.deepspeed_slices import FragmentFiles, LayerFiles, Slice, SliceSource, UniversalFiles
 from megatron_xmtf.conversion.deepspeed_zero import ZeroFiles
 from megatron_xmtf.conversion.huggingface import convert_part
-from megatron_xmtf.conversion.huggingface_model import DTYPES, dtype_name
+from megatron_xmtf.conversion.huggingface_model import dtype_name
 from megatron_xmtf.conversion.mapping import MatchedParameter, expand_rows
 from megatron_xmtf.conversion.replicas import ReplicaRule, Replicas
+from megatron_xmtf.conversion.safetensors_file import DTYPES
 from megatron_xmtf.conversion.tensor_source import TensorSource, matched_tensor
 from megatron_xmtf.conversion.torch_file import check_bytes
 from megatron_xmtf.errors import CheckpointError, ConfigError

@@ -1,7 +1,7 @@
 """Write the weights of a checkpoint into safetensors files: several processes, bounded memory, and it can go on.
 
     parent     every file at its full length, headers in place
-    process    task after task, each some rows of some tensors: read, take apart, convert, write at their places, flush
+    process    task after task, each some rows of some tensors: read and hash, take apart, convert, write, flush
     parent     each finished task into the journal
 
     MODEL.tmp-1f0c/model-00001-of-00003.safetensors ...  journal.json  lock        while it is written
@@ -22,24 +22,26 @@ from typing import Any
 import torch
 
 from megatron_xmtf.allocator import keep_freed_memory
-from megatron_xmtf.checkpoint.manifest import CheckpointManifest, verify_hashes
+from megatron_xmtf.checkpoint.manifest import CheckpointManifest, check_found_hashes
 from megatron_xmtf.checkpoint.reader import CheckpointReader
 from megatron_xmtf.checkpoint.row_ranges import CHUNK_BYTES
-from megatron_xmtf.conversion.checkpoint_parts import begin_process, processes_for
+from megatron_xmtf.conversion.checkpoint_parts import begin_process, fair_share, processes_for
 from megatron_xmtf.conversion.huggingface import convert_part
 from megatron_xmtf.conversion.mapping import MatchedParameter
 from megatron_xmtf.conversion.safetensors_file import SafetensorsFile
 from megatron_xmtf.data.journal import Journal
 from megatron_xmtf.data.working_directory import WorkingDirectory
+from megatron_xmtf.errors import XmtfError
 from megatron_xmtf.progress import Progress
+from megatron_xmtf.read_ahead import read_ahead
 from megatron_xmtf.worker_pool import WorkerPool
 
 __all__ = ["TASK_BYTES", "ExportPlan", "write_weights"]
 
-TASK_BYTES = 512 << 20
-"""What is flushed together and, after a kill, written again at most in each process."""
-Task = tuple[tuple[int, int, int], ...]
-"""Rows to write: (number of the parameter, first, last)."""
+TASK_BYTES, MOST_BYTES = 512 << 20, 2 << 30
+"""What is flushed together and, after a kill, written again in each process; and the most, where files want it."""
+Rows = tuple[tuple[int, int, int], ...]
+"""(number of the parameter, first, last)."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,15 @@ class ExportPlan:
     """Of the checkpoint: files are compared with its hashes before anything is taken from them; None: they are not."""
 
 
+@dataclass(frozen=True)
+class Task:
+    """Rows to write, and the files of the checkpoint to compare with their hashes meanwhile."""
+
+    number: int
+    rows: Rows
+    files: tuple[str, ...]
+
+
 class _Opened:
     """A plan with the checkpoint and the files open; lives as long as its process."""
 
@@ -65,7 +76,7 @@ class _Opened:
         keep_freed_memory()
         self.plan = plan
         self.stack = ExitStack()
-        self.reader = self.stack.enter_context(CheckpointReader(plan.checkpoint))
+        self.reader = self.stack.enter_context(CheckpointReader(plan.checkpoint, once=True))
         self.files: dict[str, tuple[SafetensorsFile, int]] = {}
         for file in plan.files:
             stream = self.stack.enter_context(open(plan.directory / file.name, "r+b", buffering=0))
@@ -81,7 +92,7 @@ def write_weights(
              there are cores where the model is large.
     Raises:  NonFiniteError: NaN or Inf. CorruptCheckpointError: a file was altered, or a chunk cannot be read.
     """
-    tasks = list(_tasks(plan))
+    parts = list(_cut(plan))
     done: set[int] = set()
     if directory.journal is not None and all((plan.directory / file.name).is_file() for file in plan.files):
         done = set(directory.journal.progress["tasks"])
@@ -89,79 +100,98 @@ def write_weights(
         for file in plan.files:
             (plan.directory / file.name).unlink(missing_ok=True)
             file.create(plan.directory)
-    todo = list(_with_checks(plan, [(number, task) for number, task in enumerate(tasks) if number not in done]))
-    sizes = [sum(_bytes(plan, *rows) for rows in task) for task in tasks]
+    todo = list(_with_files(plan, [(number, rows) for number, rows in enumerate(parts) if number not in done]))
+    sizes = [sum(_bytes(plan, *part) for part in rows) for rows in parts]
     total, written = sum(sizes), sum(sizes[number] for number in done)
     workers = min(workers or processes_for(total), len(todo) or 1)
     with (
         Progress("export", total=round(total / 1e6), unit="MB", done=round(written / 1e6)) as progress,
         WorkerPool(workers, state=plan, setup=_Opened, after_fork=partial(begin_process, directory)) as pool,
     ):
-        for (number, _), _ in zip(todo, pool.map(_do, [task for _, task in todo]), strict=True):
-            if number is None:
-                continue
-            done.add(number)
+        for task, _ in zip(todo, pool.map(_do, todo), strict=True):
+            done.add(task.number)
             Journal(dict(key), {"tasks": sorted(done)}, 0, {}, {}).write(plan.directory)
-            progress.advance(round((written + sizes[number]) / 1e6) - round(written / 1e6))
-            written += sizes[number]
+            progress.advance(round((written + sizes[task.number]) / 1e6) - round(written / 1e6))
+            written += sizes[task.number]
 
 
-def _with_checks(plan: ExportPlan, tasks: Sequence[tuple[int, Task]]) -> Iterator[tuple[int | None, Task | str]]:
-    """Put every file of the checkpoint, to be compared with its hash, in front of the first task that reads from it.
-
-    So its bytes come from the disk once, and the second time out of the system's cache.
-    """
-    compared: set[str] = set()
+def _with_files(plan: ExportPlan, tasks: Sequence[tuple[int, Rows]]) -> Iterator[Task]:
+    """Put every file of the checkpoint with the first task that reads from it, which compares it with its hash."""
+    met: set[str] = set()
     with CheckpointReader(plan.checkpoint) as reader:
-        for number, task in tasks:
-            for parameter, first, last in task if plan.manifest is not None else ():
-                for name in reader.files_of(plan.parameters[parameter].ours, (first, last)):
-                    if name not in compared:
-                        compared.add(name)
-                        yield None, name
-            yield number, task
+        for number, rows in tasks:
+            files = dict.fromkeys(name for part in rows for name in _files_of(plan, reader, part))
+            yield Task(number, rows, tuple(name for name in files if name not in met) if plan.manifest else ())
+            met.update(files)
 
 
-def _do(opened: _Opened, task: Task | str) -> None:
-    """Compare a file with its hash, or write some rows."""
-    if isinstance(task, str):
-        assert opened.plan.manifest is not None, "its hashes were asked for"
-        verify_hashes(opened.plan.checkpoint, opened.plan.manifest, names=[task])
-    else:
-        _write_task(opened, task)
-
-
-def _write_task(opened: _Opened, task: Task) -> None:
-    """Write some rows, and bring them to the disk."""
-    plan, touched = opened.plan, set()
-    for number, first, last in task:
-        parameter = plan.parameters[number]
-        part = opened.reader.read(parameter.ours, rows=(first, last))
-        for name, rows, view in parameter.source_views(part, start=first):
-            converted = convert_part(view, dtype=plan.types[name], name=parameter.ours).flatten(0, 1)
-            for target in (name, *([plan.repeated[name]] if name in plan.repeated else [])):
-                file, descriptor = opened.files[target]
-                file.write_rows(descriptor, target, converted, first=rows[0])
-                touched.add(descriptor)
+def _do(opened: _Opened, task: Task) -> None:
+    """Write some rows, bring them to the disk, and compare the files that they came from with their hashes."""
+    opened.reader.begin_hashing(task.files)
+    try:
+        touched = _write_rows(opened, task.rows)
+    except XmtfError:
+        # Where the file was altered, that is the reason for whatever was found in it.
+        _compare(opened)
+        raise
+    _compare(opened)
     for descriptor in touched:
         os.fsync(descriptor)
 
 
-def _tasks(plan: ExportPlan) -> Iterator[Task]:
-    """Cut all rows into tasks, in their order."""
+def _compare(opened: _Opened) -> None:
+    if opened.plan.manifest is not None:
+        check_found_hashes(opened.plan.checkpoint, opened.plan.manifest, opened.reader.finish_hashing())
+
+
+def _write_rows(opened: _Opened, rows: Rows) -> set[int]:
+    """Write some rows; return the descriptors of the files that they are in."""
+    plan, touched = opened.plan, set()
+
+    def read(part: tuple[int, int, int]) -> torch.Tensor:
+        number, first, last = part
+        return opened.reader.read(plan.parameters[number].ours, rows=(first, last))
+
+    for (number, first, _), part in read_ahead(rows, read):
+        parameter = plan.parameters[number]
+        for name, source_rows, view in parameter.source_views(part, start=first):
+            converted = convert_part(view, dtype=plan.types[name], name=parameter.ours).flatten(0, 1)
+            for target in (name, *([plan.repeated[name]] if name in plan.repeated else [])):
+                file, descriptor = opened.files[target]
+                file.write_rows(descriptor, target, converted, first=source_rows[0])
+                touched.add(descriptor)
+    return touched
+
+
+def _cut(plan: ExportPlan) -> Iterator[Rows]:
+    """Cut all rows, in their order, into what is written together.
+
+    A file of the checkpoint is left in one piece where it can be: whoever hashes it then has its rows at hand.
+    """
+    total = sum(_bytes(plan, number, 0, parameter.shape[0]) for number, parameter in enumerate(plan.parameters))
+    enough = min(TASK_BYTES, fair_share(total))
     rows: list[tuple[int, int, int]] = []
-    filled = 0
-    for number, parameter in enumerate(plan.parameters):
-        row_bytes = torch.Size(parameter.shape[1:]).numel() * 4  # at most: the stored type may be wide
-        for first, last in parameter.row_ranges(row_bytes, chunk_bytes=CHUNK_BYTES):
-            size = _bytes(plan, number, first, last)
-            if rows and filled + size > TASK_BYTES:
-                yield tuple(rows)
-                rows, filled = [], 0
-            rows.append((number, first, last))
-            filled += size
+    filled, held = 0, set[str]()
+    with CheckpointReader(plan.checkpoint) as reader:
+        for number, parameter in enumerate(plan.parameters):
+            row_bytes = torch.Size(parameter.shape[1:]).numel() * 4  # at most: the stored type may be wide
+            for first, last in parameter.row_ranges(row_bytes, chunk_bytes=CHUNK_BYTES):
+                part = (number, first, last)
+                files, size = _files_of(plan, reader, part), _bytes(plan, *part)
+                if rows and filled + size > (MOST_BYTES if held.intersection(files) else enough):
+                    yield tuple(rows)
+                    rows, filled, held = [], 0, set()
+                rows.append(part)
+                filled += size
+                held.update(files)
     if rows:
         yield tuple(rows)
+
+
+def _files_of(plan: ExportPlan, reader: CheckpointReader, part: tuple[int, int, int]) -> list[str]:
+    """Return the files of the checkpoint that some rows are in."""
+    number, first, last = part
+    return reader.files_of(plan.parameters[number].ours, (first, last))
 
 
 def _bytes(plan: ExportPlan, number: int, first: int, last: int) -> int:

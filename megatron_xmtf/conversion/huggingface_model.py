@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from megatron_xmtf.conversion.safetensors_file import check_header
+from megatron_xmtf.conversion.safetensors_file import DTYPES, read_header
 from megatron_xmtf.conversion.torch_file import is_archive, open_torch_file
 from megatron_xmtf.errors import CheckpointError, ConfigError, CorruptCheckpointError, MissingError
 from megatron_xmtf.files import read_json, require_directory, require_file, safe_child
+from megatron_xmtf.streamed_io import read_once
 
 __all__ = ["SIDE_FILES", "HuggingFaceModel", "HuggingFaceTensor", "check_side_files", "copy_side_files"]
 
@@ -49,9 +50,6 @@ SIDE_FILES = (
 )
 """What travels with the weights, byte for byte, through `CKPT/hf/` into every export."""
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types of weights that are converted, in safetensors' spelling. Quantised ones would need their scales."""
-
 
 @dataclass(frozen=True)
 class HuggingFaceTensor:
@@ -61,6 +59,8 @@ class HuggingFaceTensor:
     dtype: torch.dtype
     path: Path
     """File that holds it."""
+    offset: int | None = None
+    """Byte of the file where its numbers begin; None: a pickle knows."""
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +79,7 @@ class HuggingFaceModel:
         self.directory = require_directory(directory)
         self.config = read_config(self.directory)
         self._pickled: dict[Path, dict[str, torch.Tensor]] = {}
-        self._open: tuple[Path, Any] | None = None
+        self._open: tuple[Path, IO[bytes]] | None = None
         self.listing = self._find_listing()
         """What names its tensors: the index, or the one file of weights."""
         self.tensors = self._list_tensors()
@@ -94,8 +94,13 @@ class HuggingFaceModel:
 
     def close(self) -> None:
         """Let go of the files."""
-        self._open = None
+        self._close_file()
         self._pickled.clear()
+
+    def _close_file(self) -> None:
+        if self._open is not None:
+            self._open[1].close()
+        self._open = None
 
     def read(self, name: str, *, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """Return a tensor, or its rows [start, end), in the type it is stored in.
@@ -103,21 +108,32 @@ class HuggingFaceModel:
         Raises:  CorruptCheckpointError: its file cannot be read.
         """
         tensor = self.tensors[name]
-        if tensor.path in self._pickled:
+        if tensor.offset is None:
             whole = self._pickled[tensor.path][name]
             return whole if rows is None else whole[rows[0] : rows[1]]
-        if self._open is None or self._open[0] != tensor.path:
-            self._open = (tensor.path, _open_safetensors(tensor.path))
+        first, last = rows or (0, tensor.shape[0] if tensor.shape else 1)
+        row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+        data = torch.empty((last - first) * row_bytes, dtype=torch.uint8)
         try:
-            part = self._open[1].get_slice(name)
-            result: torch.Tensor = part[:] if rows is None else part[rows[0] : rows[1]]
-        except SafetensorError as error:
+            count = read_once(self._stream(tensor.path).fileno(), data.numpy().data, tensor.offset + first * row_bytes)
+        except OSError as error:
             raise CorruptCheckpointError(f"{tensor.path}: {name} cannot be read: {error}.") from error
-        return result
+        if count < len(data):
+            raise CorruptCheckpointError(
+                f"{tensor.path}: {name} ends {len(data) - count:,} bytes early; the file was cut off. Get it again."
+            )
+        return data.view(tensor.dtype).view((last - first, *tensor.shape[1:]) if tensor.shape else ())
 
     def has_checksums(self, path: Path) -> bool:
         """Whether a file of weights holds checksums: a pickle in an archive does, a safetensors file does not."""
         return path in self._pickled and is_archive(path)
+
+    def _stream(self, path: Path) -> IO[bytes]:
+        """Return a file of weights, opened; the last one stays open."""
+        if self._open is None or self._open[0] != path:
+            self._close_file()
+            self._open = (path, open(path, "rb", buffering=0))
+        return self._open[1]
 
     def _find_listing(self) -> Path:
         for stem in ("model.safetensors", "pytorch_model.bin"):
@@ -153,12 +169,10 @@ class HuggingFaceModel:
         return found
 
     def _list_safetensors(self, path: Path) -> dict[str, HuggingFaceTensor]:
-        handle = _open_safetensors(path)
-        found = {}
-        for name in handle.keys():  # noqa: SIM118  (a handle is not a mapping)
-            part = handle.get_slice(name)
-            found[name] = HuggingFaceTensor(tuple(part.get_shape()), DTYPES[part.get_dtype()], path)
-        return found
+        return {
+            name: HuggingFaceTensor(tensor.shape, tensor.dtype, path, tensor.offset)
+            for name, tensor in read_header(path).items()
+        }
 
     def _list_pickled(self, path: Path) -> dict[str, HuggingFaceTensor]:
         self._pickled[path] = _load_pickled(path)
@@ -234,16 +248,6 @@ def config_dtype(config: Mapping[str, Any]) -> str | None:
     """Return the type of weights that a config.json states, under its new or its old name."""
     value = config.get("dtype", config.get("torch_dtype"))
     return value if isinstance(value, str) else None
-
-
-def _open_safetensors(path: Path) -> Any:
-    check_header(path)
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise CorruptCheckpointError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file: {error}. Get it again."
-        ) from error
 
 
 def _load_pickled(path: Path) -> dict[str, torch.Tensor]:

@@ -28,9 +28,10 @@ from megatron_xmtf.conversion.bloom_mapping import bloom_mapping
 from megatron_xmtf.conversion.checkpoint_parts import CheckpointDescription, write_checkpoint
 from megatron_xmtf.conversion.deepspeed import check_side_sources, given_config, write_side_files
 from megatron_xmtf.conversion.huggingface import convert_part
-from megatron_xmtf.conversion.huggingface_model import DTYPES, dtype_name
+from megatron_xmtf.conversion.huggingface_model import dtype_name
 from megatron_xmtf.conversion.mapping import MatchedParameter, expand_rows
 from megatron_xmtf.conversion.megatron_core_settings import find_torch_dist, read_megatron_settings
+from megatron_xmtf.conversion.safetensors_file import DTYPES
 from megatron_xmtf.conversion.tensor_source import TensorSource, common_dtype, matched_tensor
 from megatron_xmtf.errors import CheckpointError, ConfigError
 from megatron_xmtf.models.bloom_architecture import BloomArchitecture, bloom_from_hf

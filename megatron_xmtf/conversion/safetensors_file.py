@@ -22,13 +22,18 @@ from typing import Any
 import torch
 
 from megatron_xmtf.errors import CheckpointError, CorruptCheckpointError
+from megatron_xmtf.streamed_io import write_once
 
-__all__ = ["SHARD_BYTES", "SafetensorsFile", "TensorHeader", "check_header", "plan_shards"]
+__all__ = ["DTYPES", "SHARD_BYTES", "PlacedTensor", "SafetensorsFile", "TensorHeader", "plan_shards", "read_header"]
 
 SHARD_BYTES = 5_000_000_000
 """Largest file; one tensor that is larger gets its own. 5 GB: what `save_pretrained` did up to transformers 4."""
 
-DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+LONGEST_HEADER = 100_000_000
+"""Bytes; the library refuses longer ones as well."""
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of weights that are converted, in the format's spelling. Quantised ones would need their scales."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,18 @@ class TensorHeader:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def check_header(path: Path) -> None:
-    """Check that a file is what its header says, as the library does on opening, but name the tensor.
+@dataclass(frozen=True)
+class PlacedTensor:
+    """Where a file has the numbers of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    """Byte of the file where they begin."""
+
+
+def read_header(path: Path) -> dict[str, PlacedTensor]:
+    """Read where the tensors of a file are, and check that it is what it says, as the library does on opening it.
 
     Raises:  CorruptCheckpointError: cut off, a header that is no JSON, a tensor that is there twice or whose bytes are
              not where the one before it ends, too many or too few. CheckpointError: another type of weights, or an
@@ -55,7 +70,7 @@ def check_header(path: Path) -> None:
     size = path.stat().st_size
     with open(path, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if length > size - 8:
+        if length > min(size - 8, LONGEST_HEADER):
             raise _damaged(path, f"its header is {length:,} bytes long")
         try:
             contents = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_once)
@@ -68,22 +83,22 @@ def check_header(path: Path) -> None:
         raise CheckpointError(
             f"{path} was written for {framework!r}, whose matrices may be transposed; get the one for torch (`pt`)."
         )
-    end = 0
+    end, placed = 0, {}
     for name, (kind, shape, begin, last) in sorted(found.items(), key=lambda item: item[1][2:]):
-        if kind not in DTYPE_NAMES.values():
-            raise CheckpointError(
-                f"{path}: {name} has type {kind}; only {', '.join(DTYPE_NAMES.values())} weights are converted."
-            )
-        wanted = math.prod(shape) * next(dtype.itemsize for dtype, known in DTYPE_NAMES.items() if known == kind)
+        if kind not in DTYPES:
+            raise CheckpointError(f"{path}: {name} has type {kind}; only {', '.join(DTYPES)} weights are converted.")
+        wanted = math.prod(shape) * DTYPES[kind].itemsize
         if min(shape, default=0) < 0 or begin != end or last - begin != wanted:
             raise _damaged(
                 path, f"{name}, {kind} {list(shape)}, has bytes {begin} to {last}; its own are {end} to {end + wanted}"
             )
         if last > size - 8 - length:
             raise _damaged(path, f"{name} ends {last - (size - 8 - length):,} bytes behind the end of the file")
+        placed[name] = PlacedTensor(shape, DTYPES[kind], 8 + length + begin)
         end = last
     if end != size - 8 - length:
         raise _damaged(path, f"{size - 8 - length - end:,} bytes behind its last tensor belong to none")
+    return placed
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -182,8 +197,5 @@ class SafetensorsFile:
         """
         place = self.places[name] + first * math.prod(self._shapes[name][1:]) * part.dtype.itemsize
         # numpy knows no bfloat16: the bytes are what is written.
-        left = part.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        while left:
-            count = os.pwrite(descriptor, left, place)
-            left, place = left[count:], place + count
+        write_once(descriptor, part.contiguous().reshape(-1).view(torch.uint8).numpy().data, place)
         return part.nbytes

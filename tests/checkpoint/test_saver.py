@@ -23,6 +23,7 @@ from megatron_xmtf.checkpoint.saver import CheckpointSaver, SaveRequest
 from megatron_xmtf.config import RunConfig
 from megatron_xmtf.parallel.launch import run_ranks
 from megatron_xmtf.parallel.topology import destroy_parallel, initialize_parallel
+from megatron_xmtf.streamed_io import write_once
 from megatron_xmtf.training.prepare import PreparedRun, prepare_run
 from megatron_xmtf.training.trainer import Trainer
 from tests.checkpoint.test_sharded import read_tensors
@@ -63,12 +64,9 @@ def refused(*arguments: Any, **keywords: Any) -> Any:
     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "checkpoints")
 
 
-def lose_a_byte(self: shard_writer.HashedFile, data: Any) -> int:
+def lose_a_byte(descriptor: int, data: memoryview, offset: int) -> None:
     """Say that all was written and write one byte less, as a broken file system does."""
-    self._digest.update(data)
-    self._bytes += memoryview(data).nbytes
-    self._stream.write(memoryview(data)[:-1])
-    return memoryview(data).nbytes
+    write_once(descriptor, data[:-1], offset)
 
 
 class Drill:
@@ -130,7 +128,7 @@ def rank_faults(prepared: PreparedRun) -> dict[str, Outcome]:
         outcomes["hanging"] = drill.outcome(2)
     with replaced(shard_writer, "write_part", shard_writer.write_part if first else full):
         outcomes["full"] = drill.outcome(2)
-    with replaced(shard_writer.HashedFile, "write", shard_writer.HashedFile.write if first else lose_a_byte):
+    with replaced(shard_writer, "write_once", write_once if first else lose_a_byte):
         outcomes["lost byte"] = drill.outcome(2)
     with replaced(saver_module, "begin_checkpoint", refused):
         outcomes["refused at the start"] = drill.outcome(2)

@@ -123,6 +123,31 @@ ssize_t writev(int descriptor, const struct iovec *parts, int count) {
     return REAL(writev)(descriptor, parts, count);
 }
 
+/* A vector of one part, as Python's os.pwritev gives it; with its flags through pwritev2. */
+#define PWRITEV(name, offset_type)                                                        \
+    ssize_t name(int descriptor, const struct iovec *parts, int count, offset_type at) {  \
+        int mode = descriptor_below(descriptor) ? fault() : 0;                            \
+        if (mode == FAIL_ONCE || mode == FAIL_FOREVER) return -1;                         \
+        struct iovec first = parts[0];                                                    \
+        if (mode != SHORT_WRITE || first.iov_len < 2) return REAL(name)(descriptor, parts, count, at); \
+        first.iov_len /= 2;                                                               \
+        return REAL(name)(descriptor, &first, 1, at);                                     \
+    }
+PWRITEV(pwritev, off_t)
+PWRITEV(pwritev64, off64_t)
+
+#define PWRITEV2(name, offset_type)                                                       \
+    ssize_t name(int descriptor, const struct iovec *parts, int count, offset_type at, int flags) { \
+        int mode = descriptor_below(descriptor) ? fault() : 0;                            \
+        if (mode == FAIL_ONCE || mode == FAIL_FOREVER) return -1;                         \
+        struct iovec first = parts[0];                                                    \
+        if (mode != SHORT_WRITE || first.iov_len < 2) return REAL(name)(descriptor, parts, count, at, flags); \
+        first.iov_len /= 2;                                                               \
+        return REAL(name)(descriptor, &first, 1, at, flags);                              \
+    }
+PWRITEV2(pwritev2, off_t)
+PWRITEV2(pwritev64v2, off64_t)
+
 /* stdio writes through a call of its own that nobody can interpose; what fails here fails for its caller alike. */
 size_t fwrite(const void *data, size_t size, size_t count, FILE *stream) {
     return FAILS(descriptor_below(fileno(stream))) ? 0 : REAL(fwrite)(data, size, count, stream);
