@@ -7,7 +7,7 @@
                plain torch in bf16, forward and backward
 2. products    the matrix products of BLOOM, in TFLOP/s: what a step could reach at most
 3. attention   packed rows: ours, FlexAttention, torch's flash attention without ALiBi, flash-attn; relative bias
-4. head        loss over 250,880 words: ours in Triton and in plain torch, the plain head, Liger's
+4. head        loss over 250,880 words: the plain head, ours in Triton and in plain torch, Liger's, Apple's
 5. steps       forward, backward and update of BLOOM-560m to 7b1 on packed rows of 2,048, beside `transformers`
 6. blocks      attention's kernels under other sizes of blocks than the chosen ones
 7. pointwise   norms, activations, bias with dropout and residual: torch, compiled, Liger, ours
@@ -40,14 +40,14 @@ PARTS = {
     # what matters least. Half of each is for imports and for what Triton and torch.compile make at first use.
     "checks": ("gpu_kernels", 120),
     "products": ("gpu_kernels", 60),
-    "attention": ("gpu_attention", 180),
+    "attention": ("gpu_attention", 200),
     "head": ("gpu_kernels", 90),
     "step 1b7": ("gpu_steps", 120),
     "step 3b": ("gpu_steps", 120),
     "step 7b1": ("gpu_steps", 120),
     "step 560m": ("gpu_steps", 120),
     "blocks": ("gpu_blocks", 120),
-    "pointwise": ("gpu_kernels", 90),
+    "pointwise": ("gpu_pointwise", 90),
 }
 SHORTEST = 20.0
 """Seconds below which no part is started: it would be ended while it imports."""
@@ -87,7 +87,8 @@ def describe_machine(*, smoke: bool) -> dict[str, Any]:
     )
     said = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     versions = {}
-    for name in ("torch", "triton", "megatron-core", "transformers", "liger-kernel", "flash-attn"):
+    peers = ("liger-kernel", "cut-cross-entropy", "flash-attn", "flash-attn-4", "transformer-engine", "apex")
+    for name in ("torch", "triton", "megatron-core", "transformers", *peers):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

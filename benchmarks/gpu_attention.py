@@ -2,6 +2,8 @@
 
 fused, reference      ours and plain torch over the whole row, from slices of a fused projection, as in a model
 FlexAttention         the same mask and ALiBi, compiled, its block mask made once
+flash-attn-4          the same, through FlexAttention's backend of that name, if it is installed
+SDPA, dense bias      torch's attention with mask and ALiBi of the whole row in bf16, which rounds the bias
 flash SDPA            torch's flash attention on equal segments as a batch of their own, causal, without ALiBi
 flash-attn            varlen with ALiBi slopes, if it is installed
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_xmtf.kernels.packed_attention import choose_packed_attention
-from megatron_xmtf.kernels.packed_attention.reference import alibi_slopes
+from megatron_xmtf.kernels.packed_attention.reference import alibi_slopes, packed_bias
 from megatron_xmtf.kernels.relative_attention import choose_relative_attention
 from megatron_xmtf.kernels.relative_attention import reference as relative_reference
 
@@ -35,6 +37,8 @@ class Side:
     """Query, key and value in one tensor, of which it gets the gradient."""
     join: Callable[[Tensor], Tensor] | None = None
     """Its result as ours, [s, b, n * d]; None where it computes something else."""
+    tolerance: float = 0.02
+    """Of "difference"; both round to half precision, bf16 by up to 0.4 %."""
 
 
 def attention(name: str, *, smoke: bool) -> Iterator[dict[str, Any]]:
@@ -60,7 +64,7 @@ def attention(name: str, *, smoke: bool) -> Iterator[dict[str, Any]]:
     segment_ids = timing.packed_rows(rows, min(length, 1024), mean=mean, generator=generator)
     heads, head_dim = (1, 16) if smoke else (16, 64)
     qkv = timing.draw(segment_ids.size(1), rows, heads, 3, head_dim, generator=generator)
-    sides = {side: relative_side(side, qkv, segment_ids) for side in ("fused", "reference")}
+    sides = relative_sides(qkv, segment_ids, has_flex=not smoke)
     for row in timed_sides(sides, pairs=0, head_dim=head_dim, is_real=(segment_ids > 0).t()):
         yield {"model": "mT5", "rows": f"encoder, bias with gradient, {segment_ids.size(1)}", **row}
 
@@ -86,8 +90,7 @@ def timed_sides(
         elif context is not None:
             assert ours is not None
             difference = (context.double() - ours.double())[is_real].norm() / ours.double()[is_real].norm()
-            # Both round to half precision, bf16 by up to 0.4 %.
-            row |= {"difference": float(difference), "holds": float(difference) < 0.02}
+            row |= {"difference": float(difference), "holds": float(difference) < side.tolerance}
         yield {"side": name, **row}
 
 
@@ -124,16 +127,34 @@ def packed_sides(qkv: Tensor, segment_ids: Tensor, *, has_flex: bool) -> dict[st
             qkv,
             lambda context: context,
         )
+    sides["SDPA, dense bias"] = dense_side(qkv, packed_bias(segment_ids, slopes))
     sides["FlexAttention"] = flex_side(qkv, segment_ids, slopes) if has_flex else "not asked for here"
+    has_cute = find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
+    sides["flash-attn-4"] = "not installed (pip install --pre flash-attn-4)" if has_flex else "not asked for here"
+    if has_flex and has_cute:
+        sides["flash-attn-4"] = flex_side(qkv, segment_ids, slopes, kernel_options={"BACKEND": "FLASH"})
     counts = segment_ids.flatten().bincount()
     is_equal = int(counts[0]) == 0 and bool((counts[1:] == counts[1]).all())
     sides["flash SDPA, no ALiBi"] = equal_side(qkv, segment_ids) if is_equal else "segments are not equal"
-    has_flash = find_spec("flash_attn") is not None
-    sides["flash-attn varlen"] = varlen_side(qkv, segment_ids, slopes) if has_flash else "not installed"
+    # flash-attn-4 alone makes a package of that name too.
+    has_flash = find_spec("flash_attn") is not None and find_spec("flash_attn.flash_attn_interface") is not None
+    missing = "not installed (pip install flash-attn --no-build-isolation)"
+    sides["flash-attn varlen"] = varlen_side(qkv, segment_ids, slopes) if has_flash else missing
     return sides
 
 
-def flex_side(qkv: Tensor, segment_ids: Tensor, slopes: Tensor) -> Side:
+def dense_side(qkv: Tensor, bias: Tensor) -> Side:
+    """Return torch's attention with the bias [b, n, s, s] of the whole row, in half precision."""
+    dense = bias.to(qkv.dtype)
+
+    def attend(x: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(*x.unbind(0), attn_mask=dense)
+
+    given = qkv.permute(3, 1, 2, 0, 4).contiguous()  # [3, b, n, s, d]
+    return Side(attend, given, lambda context: context.permute(2, 0, 1, 3).flatten(2), tolerance=0.1)
+
+
+def flex_side(qkv: Tensor, segment_ids: Tensor, slopes: Tensor, kernel_options: dict[str, Any] | None = None) -> Side:
     """Return FlexAttention with the same mask and bias."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -149,7 +170,7 @@ def flex_side(qkv: Tensor, segment_ids: Tensor, slopes: Tensor) -> Side:
     block_mask = create_block_mask(mask, rows, None, length, length, device=segment_ids.device)
     compiled = torch.compile(flex_attention, dynamic=False)
     return Side(
-        lambda x: compiled(*x.unbind(0), score_mod=bias, block_mask=block_mask),
+        lambda x: compiled(*x.unbind(0), score_mod=bias, block_mask=block_mask, kernel_options=kernel_options),
         qkv.permute(3, 1, 2, 0, 4).contiguous(),  # [3, b, n, s, d]
         lambda context: context.permute(2, 0, 1, 3).flatten(2),
     )
@@ -194,9 +215,44 @@ def relative_side(name: str, qkv: Tensor, segment_ids: Tensor) -> Side:
     else:
         prepare, attend = relative_reference.find_dense_segments, relative_reference.relative_attention
     prepared = prepare(segment_ids, segment_ids, causal=False)
-    generator = torch.Generator().manual_seed(0)  # the same bias for both sides
-    bias = torch.randn(qkv.size(2), 2 * segment_ids.size(1) - 1, generator=generator).to(qkv.device).requires_grad_()
+    bias = drawn_bias(qkv, segment_ids.size(1))
     return Side(lambda x: attend(*x.unbind(3), bias, prepared, scale=1.0), qkv * 0.5, lambda context: context)
+
+
+def relative_sides(qkv: Tensor, segment_ids: Tensor, *, has_flex: bool) -> dict[str, Side | str]:
+    """Return the sides of an encoder's attention, whose bias gets a gradient."""
+    sides: dict[str, Side | str] = {side: relative_side(side, qkv, segment_ids) for side in ("fused", "reference")}
+    sides["FlexAttention"] = relative_flex_side(qkv, segment_ids) if has_flex else "not asked for here"
+    return sides
+
+
+def relative_flex_side(qkv: Tensor, segment_ids: Tensor) -> Side:
+    """Return FlexAttention with the same bias, looked up by distance, whose gradient it adds up with atomics."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    rows, length = segment_ids.shape
+    table = drawn_bias(qkv, length)
+
+    def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return segment_ids[b, q] == segment_ids[b, k]
+
+    def bias(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score + table[h, length - 1 + k - q]
+
+    torch._dynamo.reset()
+    block_mask = create_block_mask(mask, rows, None, length, length, device=segment_ids.device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return Side(
+        lambda x: compiled(*x.unbind(0), score_mod=bias, block_mask=block_mask, scale=1.0),
+        (qkv * 0.5).permute(3, 1, 2, 0, 4).contiguous(),
+        lambda context: context.permute(2, 0, 1, 3).flatten(2),
+    )
+
+
+def drawn_bias(qkv: Tensor, length: int) -> Tensor:
+    """Return a bias by distance, fp32 [n, 2 length - 1], the same for every side."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(qkv.size(2), 2 * length - 1, generator=generator).to(qkv.device).requires_grad_()
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_every_part_runs_at_toy_sizes(tmp_path: Path) -> None:
     parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
     assert not [name for name, part in parts.items() if "error" in part or not part["rows"]]
     checked = {row["kernel"].split(",")[0] for row in parts["checks"]["rows"]}
-    assert checked == {"packed attention", "relative attention", "head and loss"}
+    assert checked == {"packed attention", "relative attention", "head and loss", "bias"}
     assert path.with_suffix(".md").read_text(encoding="utf-8").startswith("# cpu")
 
 
