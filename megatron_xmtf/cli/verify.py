@@ -41,10 +41,12 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_xmtf.conversion.verify import compare_weights
     from megatron_xmtf.conversion.verify_logits import compare_logits
     from megatron_xmtf.errors import ConfigError, ExitCode
-    from megatron_xmtf.parallel.launch import joined_by_launcher
+    from megatron_xmtf.parallel.launch import joined_by_launcher, prepare_to_fork
 
     if joined_by_launcher():
         raise ConfigError("verify starts its own ranks (--nproc); run it without torchrun or srun.")
+    # Weights are compared in this process, and ranks forked from it afterwards would wait for its threads for ever.
+    prepare_to_fork()
     sizes = {
         "tensor_model_parallel_size": arguments.tensor_model_parallel_size,
         "pipeline_model_parallel_size": arguments.pipeline_model_parallel_size,

@@ -1,6 +1,9 @@
 """`xmtf verify` says that equal models are equal, at any layout, and names what differs."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from megatron_xmtf.conversion.huggingface_export import export_huggingface
 from megatron_xmtf.conversion.verify import compare_weights, narrower
 from megatron_xmtf.conversion.verify_logits import compare_logits
 from megatron_xmtf.errors import CheckpointError, ExitCode
-from tests.tiny import write_tiny_bloom
+from tests.tiny import tiny_bloom, write_tiny_bloom
 
 QKV = "transformer.h.2.self_attention.query_key_value.weight"
 
@@ -105,3 +108,17 @@ def test_the_verbs(
     assert main(["import", "--hf", str(tiny_hf), "--output", checkpoint]) == ExitCode.USER
     assert main(["import", "--hf", str(tiny_hf), "--output", f"{checkpoint}2", "--dtype", "int8"]) == ExitCode.USER
     assert "dtype 'int8' is not known" in capsys.readouterr().err
+
+
+def test_verify_ends_where_torch_has_several_threads(tmp_path: Path) -> None:
+    # Weights large enough for torch's threads, fp32 beside their bf16: forked ranks must find none of these threads.
+    model = tiny_bloom(hidden_size=256, layers=1, vocab_size=640)
+    model.save_pretrained(tmp_path / "fp32")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    import_huggingface(tmp_path / "fp32", tmp_path / "checkpoint")
+    command = [sys.executable, "-m", "megatron_xmtf", "verify", "--checkpoint", str(tmp_path / "checkpoint")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "4"}
+    done = subprocess.run(
+        [*command, "--hf", str(tmp_path / "bf16")], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == ExitCode.DONE and "the same model" in done.stdout, done.stdout + done.stderr
