@@ -6,11 +6,13 @@
 1. checks      every kernel of ours in bf16 on fresh random data: its error against float64 is at most twice that of
                plain torch in bf16, forward and backward
 2. products    the matrix products of BLOOM, in TFLOP/s: what a step could reach at most
-3. attention   packed rows: ours, FlexAttention, torch's flash attention without ALiBi, flash-attn; relative bias
+3. attention   packed rows: ours, FlexAttention, dense SDPA, torch's flash attention without ALiBi, flash-attn 2 and 4;
+               relative bias
 4. head        loss over 250,880 words: the plain head, ours in Triton and in plain torch, Liger's, Apple's
 5. steps       forward, backward and update of BLOOM-560m to 7b1 on packed rows of 2,048, beside `transformers`
-6. blocks      attention's kernels under other sizes of blocks than the chosen ones
-7. pointwise   norms, activations, bias with dropout and residual: torch, compiled, Liger, ours
+6. trainer     `xmtf preprocess`, `train`, resumed, `export`, `verify` of a small model, by the command line
+7. blocks      attention's kernels under other sizes of blocks than the chosen ones
+8. pointwise   norms, activations, bias with dropout and residual: torch, compiled, Liger, ours
 
 Each part is its own process, so that one which fails, hangs, or takes all memory, ends alone; what it found until then,
 and what it said, are in the results, and the exit code is then 1. Nothing goes on beyond --minutes; results are written
@@ -45,6 +47,7 @@ PARTS = {
     "step 1b7": ("gpu_steps", 120),
     "step 3b": ("gpu_steps", 120),
     "step 7b1": ("gpu_steps", 120),
+    "trainer": ("gpu_trainer", 120),
     "step 560m": ("gpu_steps", 120),
     "blocks": ("gpu_blocks", 120),
     "pointwise": ("gpu_pointwise", 90),

@@ -157,7 +157,7 @@ def release() -> None:
 def our_step(
     architecture: BloomArchitecture, batches: list[dict[str, Tensor]], *, recompute: str, kernels: str
 ) -> Callable[[], float]:
-    """Build our model and optimizer; return one step of it. kernels: of attention and head, `fused` or `auto`."""
+    """Build our model and optimizer; return one step of it. kernels: of our own ones, `fused` or `auto`."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.utils import get_model_config
 
@@ -171,7 +171,7 @@ def our_step(
     config = RunConfig.model_validate(
         {
             **{"model": "unused", "output": "unused", "precision": precision},
-            "kernels": {"attention": kernels, "head_loss": kernels},
+            "kernels": dict.fromkeys(("attention", "head_loss", "bias_dropout_add"), kernels),
             "data": {"train": [{"prefix": "unused"}]},
             "batch": {"sequence_length": batches[0]["tokens"].size(1), "global_batch_size": 1},
             "schedule": {"train_steps": STEPS},
