@@ -129,17 +129,10 @@ def check_head(generator: torch.Generator, *, smoke: bool) -> Iterator[dict[str,
     yield from compare(
         "head and loss",
         lambda hidden, weight: loss(hidden, weight, labels, shard=shard, logits_at_once=words * 100),
-        lambda hidden, weight: wide_head_loss(hidden, weight, labels),
+        lambda hidden, weight: head_reference.head_loss(hidden, weight, labels),
         inputs,
         ["d hidden", "d weight"],
     )
-
-
-def wide_head_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The plain head; in float64 for float64 inputs."""
-    if hidden.dtype == torch.float64:
-        return torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="none")
-    return head_reference.head_loss(hidden, weight, labels)
 
 
 def products(name: str, *, smoke: bool) -> Iterator[dict[str, Any]]:

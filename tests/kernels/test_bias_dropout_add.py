@@ -72,6 +72,19 @@ def test_without_dropout(dtype: torch.dtype, has_bias: bool) -> None:
             assert error(ours, wanted) <= 2 * error(theirs, wanted) + 1e-6
 
 
+@BIASES
+def test_gradients_of_the_reference_are_those_of_finite_differences(has_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 2, 5), (5,), (3, 2, 5)] if has_bias else [(3, 2, 5), (3, 2, 5)]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def add(x: Tensor, *others: Tensor) -> Tensor:
+        torch.manual_seed(1)  # every evaluation drops the same
+        return reference.bias_dropout_add(x, others[0] if has_bias else None, others[-1], dropout=0.3)
+
+    assert torch.autograd.gradcheck(add, inputs)
+
+
 def kept(output: Tensor, inputs: list[Tensor]) -> Tensor:
     """Return where dropout kept the value, out of a sum in fp32: elsewhere it is the residual itself."""
     return output != inputs[-1]

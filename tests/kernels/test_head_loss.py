@@ -32,7 +32,7 @@ def losses_and_gradients(function: Any, hidden: Tensor, weight: Tensor, of_losse
     """Return losses, the gradient of hidden and that of the weight."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     losses = function(hidden, weight)
-    assert losses.dtype == torch.float32
+    assert losses.dtype == torch.promote_types(hidden.dtype, torch.float32)
     losses.backward(of_losses)
     assert hidden.grad is not None and weight.grad is not None
     return [losses.detach(), hidden.grad, weight.grad]
@@ -66,6 +66,18 @@ def test_equals_the_plain_head(count: int, logits_at_once: int) -> None:
     )
     assert worst(found, plain(hidden, weight, labels, of_losses)) <= 1e-6
     assert not found[2][WORDS:].any(), "rows that only pad the vocabulary get no gradient"
+
+
+def test_gradients_of_the_reference_are_those_of_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (
+        torch.randn(size, 3, generator=generator, dtype=torch.float64, requires_grad=True) for size in (4, 8)
+    )
+    labels = torch.tensor([0, 6, 3, 3])
+    for shard in (None, VocabularyShard(first=0, count=7)):  # of 7 words the eighth row only pads
+        assert torch.autograd.gradcheck(
+            lambda h, w, s=shard: reference.head_loss(h, w, labels, shard=s), [hidden, weight]
+        )
 
 
 @pytest.mark.parametrize("logits_at_once", [WORDS * 5, 10**9])

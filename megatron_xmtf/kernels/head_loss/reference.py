@@ -27,7 +27,7 @@ def head_loss(
     shard: VocabularyShard | None = None,
     logits_at_once: int | None = None,
 ) -> Tensor:
-    """Return the cross-entropy of each position, fp32 [n]; all logits are held at once.
+    """Return the cross-entropy of each position, fp32 [n] (fp64 for fp64); all logits are held at once.
 
     Args:    hidden: [n, h]. weight: [vocab, h] or, of a split vocabulary, this rank's rows. labels: int64 [n].
              shard: None: every row of the weight is a word, and this rank has all. logits_at_once: left unread.
@@ -35,7 +35,8 @@ def head_loss(
     shard = shard or VocabularyShard(first=0, count=len(weight))
     if shard.group is None:
         logits = hidden @ weight[: shard.count].t()
-        return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return torch.nn.functional.cross_entropy(logits.to(wide), labels, reduction="none")
     if shard.reduces_hidden:
         hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
     logits = (hidden @ weight.t()).float()

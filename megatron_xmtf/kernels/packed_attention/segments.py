@@ -18,7 +18,7 @@ from column first - 2 on, `first` being where the last block of the longest inpu
     block [2, 4)                    -2  -1   0   1   2                row 1 is one less
 
 torch's CPU kernel keeps scores, softmax and an fp32 bias in fp32 whatever the precision of the query, and computes
-probabilities again in the backward pass instead of keeping them (`test_packed_attention.py` holds both).
+probabilities again in the backward pass instead of keeping them (`test_packed_attention_precision.py` holds both).
 """
 
 from __future__ import annotations
