@@ -195,6 +195,29 @@ def test_copies_on_several_ranks_stay_equal_bit_by_bit(name: str, layout: str) -
     assert whole.keys() == ours(name)[1].keys()
 
 
+def test_megatron_core_s_gated_gelu_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `kernels.activation` chooses on a GPU, as it is written: compiling it for a CPU would take a minute."""
+    monkeypatch.setattr("megatron_xmtf.models.engine_settings.choose_activation", lambda *_, **__: "megatron_core")
+    ours("mt5"), expected_gradients("mt5")
+    with torch.compiler.set_stance("force_eager"):
+        [(logits, gradients, *_)] = run_ranks(rank_result, world_size=1, arguments=("mt5", run_config(), ROWS, 0))
+    assert worst_difference(logits, expected_logits("mt5"), ROWS) <= TOLERANCE
+    wanted = expected_gradients("mt5")
+    assert max(relative(found, wanted[key]) for key, found in assemble([gradients]).items()) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_our_triton_kernels_give_the_same() -> None:
+    """Interpreted, where there is no GPU; attention with the learned bias, the head, what is added to the residual."""
+    pytest.importorskip("triton")
+    ours("mt5"), expected_gradients("mt5")
+    kernels = {"kernels": dict.fromkeys(("attention", "head_loss", "bias_dropout_add"), "fused")}
+    [(logits, gradients, *_)] = run_ranks(rank_result, world_size=1, arguments=("mt5", run_config(**kernels), ROWS, 0))
+    assert worst_difference(logits, expected_logits("mt5"), ROWS) <= TOLERANCE
+    wanted = expected_gradients("mt5")
+    assert max(relative(found, wanted[key]) for key, found in assemble([gradients]).items()) <= TOLERANCE
+
+
 def test_unpacked_gradients_equal_packed_ones() -> None:
     rows = [row_of({number: EXAMPLES[number]}) for row in ROWS for number in map(int, row.example_ids)]
     rows += [row_of({})] * (len(rows) % 2)

@@ -125,6 +125,16 @@ def test_kernels_by_name_give_the_gradients_of_transformers(
     assert difference <= TOLERANCE, f"{tensor}: {difference:.2e}"
 
 
+def test_megatron_core_s_gelu_gives_the_same(
+    tiny_hf: Path, run_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `kernels.activation` chooses on a GPU, as it is written: compiling it for a CPU would take a minute."""
+    monkeypatch.setattr("megatron_xmtf.models.engine_settings.choose_activation", lambda *_, **__: "megatron_core")
+    with torch.compiler.set_stance("force_eager"):
+        gradients = ours(run_config, "TP2-SP", packed_rows(count_multiple=4), "target_token")
+    assert worst(gradients, expected_gradients(tiny_hf, "target_token"))[0] <= TOLERANCE
+
+
 def test_packed_equals_unpacked(tiny_hf: Path, run_config: Callable[..., RunConfig]) -> None:
     gradients = ours(run_config, "TP1", unpacked_rows(), "target_sequence")
     assert worst(gradients, expected_gradients(tiny_hf, "target_sequence"))[0] <= TOLERANCE
