@@ -43,11 +43,15 @@ EXTRA_STATE = "_extra_state"
 
 
 def current_layout() -> dict[str, int]:
-    """Return the parallel sizes of the running job; RNG states can be taken up at the same ones only."""
+    """Return the parallel sizes of the running job, and `cuda` on GPUs; RNG states can be taken up at the same only.
+
+    A GPU's states are of other sizes than a CPU's, and it has one more.
+    """
     return {
         "tp": parallel_state.get_tensor_model_parallel_world_size(),
         "pp": parallel_state.get_pipeline_model_parallel_world_size(),
         "dp": parallel_state.get_data_parallel_world_size(),
+        **({"cuda": 1} if torch.cuda.is_available() else {}),
     }
 
 

@@ -112,6 +112,54 @@ def test_rng_states_matter(dropout_hf: Path, run_config: Callable[..., RunConfig
     assert resumed[N + 1]["tokens"] == whole[N + 1]["tokens"]
 
 
+def layouts_with_and_without_a_gpu() -> tuple[dict[str, int], dict[str, int]]:
+    """Return what a rank's layout is here, and where torch says that there is a GPU."""
+    from megatron_xmtf.checkpoint.state import current_layout
+    from megatron_xmtf.config import ParallelConfig
+    from megatron_xmtf.parallel.topology import initialize_parallel
+
+    initialize_parallel(ParallelConfig(), seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        on_cpu = current_layout()
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        return on_cpu, current_layout()
+
+
+def test_a_checkpoint_of_a_gpu_is_taken_up_without_its_rng_states(
+    tiny_hf: Path, run_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's generators have 16 bytes, a CPU's 5,056, and there is one more: they cannot be read into each other."""
+    from megatron_xmtf.checkpoint import state
+
+    [(on_cpu, on_gpu)] = run_ranks(layouts_with_and_without_a_gpu, world_size=1)
+    assert on_cpu == {"tp": 1, "pp": 1, "dp": 1} and on_gpu == {**on_cpu, "cuda": 1}
+    rng_states = state._rng_states
+
+    def gpu_states() -> dict[str, Any]:
+        few = torch.zeros(1, 1, 1, 16, dtype=torch.uint8)
+        named = {**rng_states(), "rng.cuda": rng_states()["rng.torch"]}
+        # The shape of the ShardedTensor that from_rank_offsets makes of 16 bytes.
+        return {
+            name: type(entry).from_rank_offsets(name, few, (0, 0, 1), (1, 0, 1), (2, 0, 1))
+            for name, entry in named.items()
+        }
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine writes checkpoints of a GPU itself")
+    sections: dict[str, Any] = {"model": str(tiny_hf), "schedule": SCHEDULE, "checkpoint": {"save_interval": N}}
+    config = run_config(**sections)
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "current_layout", lambda: on_gpu)
+        patch.setattr(state, "_rng_states", gpu_states)
+        whole = train_to(config, 1)
+    output = Path(config.output).with_name("resumed")
+    shutil.copytree(config.output, output)
+    shutil.rmtree(output / "checkpoints" / f"step_{2 * N:07d}")
+    resumed = train_to(run_config(output=str(output), **sections), 1)
+    assert resumed[2 * N]["loss"] == whole[2 * N]["loss"], "without dropout no state is drawn from"
+
+
 def rank_rows(prepared: Any, steps: int) -> list[list[list[int]]]:
     """Return the example ids of every row of each step that this data-parallel rank reads."""
     from megatron_xmtf.data.loader import BatchLoader
