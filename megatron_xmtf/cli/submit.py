@@ -65,10 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inside.add_argument(
         "--begin-attempt", metavar="OUT", help="count a start; prints `train 0`, `done 0` or `stop CODE`"
     )
-    inside.add_argument("--end-attempt", metavar="OUT", help="prints `requeue CODE`, `done 0` or `stop CODE`")
+    inside.add_argument(
+        "--end-attempt", metavar="OUT", help="prints `requeue CODE`, `done 0`, `stop CODE` or `leave CODE`"
+    )
     inside.add_argument("--submission", default="", metavar="S")
     inside.add_argument("--launcher-code", type=int, default=1, metavar="N")
     inside.add_argument("--told-to-stop", action="store_true")
+    inside.add_argument("--cancelled", action="store_true")
     inside.add_argument("--link", type=int, default=1, metavar="K")
     inside.add_argument("--links", type=int, default=1, metavar="N")
     inside.add_argument("--max-attempts-without-progress", type=int, default=3, metavar="N")
@@ -83,15 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.status:
         return _status(arguments)
     if arguments.stop:
-        from megatron_xmtf.cluster.status import stop_run
-
-        cancelled = stop_run(arguments.stop)
-        if arguments.json:
-            print(json.dumps({"stop": str(Path(arguments.stop) / "stop"), "cancelled": cancelled}))
-        else:
-            jobs = f"; cancelled what waited: {' '.join(cancelled)}" if cancelled else ""
-            print(f"{Path(arguments.stop) / 'stop'}: the run saves and ends after its step{jobs}")
-        return int(ExitCode.DONE)
+        return _stop(arguments)
     if not arguments.config:
         raise ConfigError("name what to submit: a configuration, or --status OUT, or --stop OUT.")
     if arguments.chain < 1 or (arguments.max_running is not None and arguments.max_running < 1):
@@ -138,13 +133,13 @@ def _submit_training(arguments: argparse.Namespace) -> int:
     def put() -> Any:
         write_runs(configs, runs)
         directory = Path(base.output).absolute() / "slurm"
-        outputs = list(dict.fromkeys([directory.parent, *(run.output for run in runs)]))
         return submit(
             text,
             directory=directory,
             submission=submission,
             kind="train",
-            outputs=outputs,
+            output=directory.parent,
+            elements=[run.output for run in runs] if len(runs) > 1 else (),
             links=arguments.chain,
             after=arguments.after,
         )
@@ -188,7 +183,7 @@ def _submit_command(arguments: argparse.Namespace) -> int:
             directory=directory,
             submission=new_submission(),
             kind=verb,
-            outputs=[output.absolute()],
+            output=output.absolute(),
             after=arguments.after,
         )
 
@@ -353,6 +348,24 @@ def _status(arguments: argparse.Namespace) -> int:
     return int(ExitCode.DONE)
 
 
+def _stop(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from megatron_xmtf.cluster.status import stop_run
+
+    stopped = stop_run(arguments.stop)
+    if arguments.json:
+        print(json.dumps(asdict(stopped)))
+        return int(ExitCode.DONE)
+    for path in stopped.stop:
+        print(f"{path}: the run saves and ends after its step")
+    if stopped.cancelled:
+        print(f"cancelled what waited: {' '.join(stopped.cancelled)}")
+    for why in stopped.unanswered:
+        print(f"what waits in the queue was not cancelled ({why}): its next start finds the file", file=sys.stderr)
+    return int(ExitCode.DONE)
+
+
 def _attempt(arguments: argparse.Namespace) -> int:
     """Print a decision for the script; why, on standard error, for the log."""
     from megatron_xmtf.cluster.attempts import begin_attempt, end_attempt
@@ -367,6 +380,7 @@ def _attempt(arguments: argparse.Namespace) -> int:
             launcher_code=arguments.launcher_code,
             limits=limits,
             told_to_stop=arguments.told_to_stop,
+            is_cancelled=arguments.cancelled,
             link=arguments.link,
             links=arguments.links,
         )

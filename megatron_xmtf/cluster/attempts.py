@@ -46,7 +46,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the script does next: train, requeue, or end with `code`; "done" and "stop" end it."""
+    """What the script does next: train, requeue, or end with `code`; "done" and "stop" end it, "leave" lets Slurm."""
 
     word: str
     code: int
@@ -83,8 +83,7 @@ def begin_attempt(
         return Decision("stop", _last_code(status), why)
     if status:
         os.replace(output / STATUS, _directory(output) / "previous_status.json")
-    job = environment.get("SLURM_JOB_ID", "")
-    values = {"job": job, "restart": int(environment.get("SLURM_RESTART_COUNT") or 0), "step": step}
+    values = {"job": _job(environment), "restart": int(environment.get("SLURM_RESTART_COUNT") or 0), "step": step}
     _append(output, {"event": "begin", "submission": submission, **values, "nodes": _nodes(environment)})
     return Decision("train", 0, f"attempt {len(begun) + 1}, from step {step}")
 
@@ -96,6 +95,7 @@ def end_attempt(
     launcher_code: int,
     limits: Limits,
     told_to_stop: bool = False,
+    is_cancelled: bool = False,
     link: int = 1,
     links: int = 1,
     environment: Mapping[str, str] = os.environ,
@@ -104,11 +104,15 @@ def end_attempt(
 
     Args:  launcher_code: exit code of srun, which is only told: with one rank that fails it is that of those it killed.
            told_to_stop: the script has heard a signal; ranks that were still starting die of it without a word.
+           is_cancelled: Slurm ends the script itself (scancel, its time, preemption past the grace), and decides
+           whether the job comes back.
            link, links: place in a chain of jobs; all but the last leave it to the next one to go on.
     """
     outcome = _outcome(output, launcher_code, told_to_stop=told_to_stop)
     decision = _decide(output, submission, outcome, limits, is_last_link=link >= links)
-    values = {"job": environment.get("SLURM_JOB_ID", ""), "step": newest_step(output)}
+    if is_cancelled and decision.word == "requeue":
+        decision = Decision("leave", decision.code, f"{outcome['message']}; Slurm ends this job by itself")
+    values = {"job": _job(environment), "step": newest_step(output)}
     decided = {"code": decision.code, "decision": decision.word, "why": decision.why}
     _append(output, {"event": "end", "submission": submission, **values, **decided})
     return decision
@@ -211,6 +215,12 @@ def _directory(output: Path) -> Path:
     directory = output / SLURM_DIRECTORY
     directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+def _job(environment: Mapping[str, str]) -> str:
+    """Return the name that Slurm's commands have for this job: 12, or 12_3 of an array."""
+    array = environment.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment.get("SLURM_JOB_ID", "")
 
 
 def _nodes(environment: Mapping[str, str]) -> str:

@@ -8,10 +8,21 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_xmtf.errors import ConfigError, MissingError
 
-__all__ = ["JobState", "cancel_pending", "has_slurm", "job_states", "partition_limits", "submit_script", "test_script"]
+__all__ = [
+    "Answer",
+    "JobState",
+    "cancel_pending",
+    "has_slurm",
+    "job_order",
+    "job_states",
+    "partition_limits",
+    "submit_script",
+    "test_script",
+]
 
 TIMEOUT_SECONDS = 60
 """Slurm's commands answer within seconds, or the controller is down."""
@@ -26,7 +37,22 @@ class JobState:
     state: str
     """RUNNING, PENDING, COMPLETED, FAILED, TIMEOUT ..."""
     reason: str
-    """Why it waits, or where it runs."""
+    """Why it waits, where it runs, or how it ended."""
+    source: Literal["queue", "accounting"]
+    """Who says so: squeue, which forgets a job minutes after its end (MinJobAge), or sacct."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What Slurm says of jobs, and what it does not."""
+
+    states: list[JobState]
+    unanswered: list[str]
+    """Whom nothing could be learned from, and why: "no Slurm on this machine", "sacct: ... storage is disabled"."""
+
+    def of(self, job: str) -> list[JobState]:
+        """Return the states of a job: of 12 those of its elements too, of 12_3 that one's."""
+        return [state for state in self.states if job in (state.job, state.job.split("_")[0])]
 
 
 def has_slurm() -> bool:
@@ -72,56 +98,76 @@ def partition_limits(partition: str | None) -> tuple[int, str] | None:
     return found
 
 
-def job_states(jobs: Sequence[str]) -> list[JobState]:
-    """Return what the queue knows of jobs, also of those that ended in the last minutes, and of older ones sacct.
+def job_states(jobs: Sequence[str]) -> Answer:
+    """Ask the queue for jobs, and the accounting for those that the queue has forgotten.
 
-    Args:  jobs: numbers. Jobs that nobody knows any more are left out.
+    Args:  jobs: numbers, 12 or 12_3. Jobs that nobody knows any more are left out of the answer.
     """
-    if not jobs or not has_slurm():
-        return []
-    told = _run(["squeue", "--noheader", "--states=all", "--format=%i|%T|%r|%N"])
+    numbers = sorted({job.split("_")[0] for job in jobs}, key=int)
+    if not numbers:
+        return Answer([], [])
+    if not has_slurm():
+        return Answer([], ["no Slurm on this machine"])
+    # These jobs alone: a controller with ten thousand others is not to tell of all of them.
+    words = ["--noheader", "--array", "--states=all", "--format=%i|%T|%r|%N", f"--jobs={','.join(numbers)}"]
+    told, unanswered = _ask(["squeue", *words])
     found = []
-    for line in told.stdout.splitlines() if told.returncode == 0 else []:
-        job, state, reason, nodes = line.split("|")
-        if job.split("_")[0] in jobs:
-            found.append(JobState(job, state, nodes or ("" if reason == "None" else reason)))
-    missing = sorted(set(jobs) - {state.job.split("_")[0] for state in found}, key=int)
-    return sorted([*_accounted(missing), *found], key=lambda state: _order(state.job))
+    for line in told:
+        job, state, reason, nodes = line.split("|", 3)
+        found.append(JobState(job, state, nodes or ("" if reason == "None" else reason), "queue"))
+    # Of an array the queue forgets the elements one by one.
+    known = {state.job for state in found}
+    missing = [number for number in numbers if number not in known]
+    if missing:
+        words = ["-n", "-P", "-X", f"--jobs={','.join(missing)}", "--format=JobID,State,ExitCode,NodeList"]
+        told, more = _ask(["sacct", *words])
+        unanswered += more
+        for line in told:
+            job, state, code, nodes = line.split("|", 3)
+            if job not in known and "[" not in job:  # 12_[3-9]: elements that wait; the queue has told of each
+                # CANCELLED by 1000 -> CANCELLED; a code is STATUS:SIGNAL
+                found.append(JobState(job, state.split()[0], f"exit {code} on {nodes}", "accounting"))
+    return Answer(sorted(found, key=lambda state: job_order(state.job)), unanswered)
 
 
-def cancel_pending(jobs: Sequence[str]) -> list[str]:
-    """Cancel those of the jobs that wait, and return their numbers; what runs is left alone."""
-    waiting = [state.job for state in job_states(jobs) if state.state == "PENDING"]
-    numbers = sorted({job.split("_")[0] for job in waiting}, key=int)
-    if numbers:
-        told = _run(["scancel", "--state=PENDING", *numbers])
+def cancel_pending(jobs: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Cancel those of the jobs that wait; what runs is left alone.
+
+    Returns: what was cancelled, as it was named in `jobs`; and who could not be asked.
+    """
+    answer = job_states(jobs)
+    waiting = [job for job in dict.fromkeys(jobs) if any(state.state == "PENDING" for state in answer.of(job))]
+    if waiting:
+        told = _run(["scancel", "--state=PENDING", *waiting])
         if told.returncode:
-            raise ConfigError(f"scancel {' '.join(numbers)}: {_words(told)}")
-    return numbers
+            raise ConfigError(f"scancel {' '.join(waiting)}: {_words(told)}")
+    return waiting, [why for why in answer.unanswered if not why.startswith("sacct")]
 
 
-def _accounted(jobs: Sequence[str]) -> list[JobState]:
-    """Ask the accounting, which many clusters do not have, or not for everybody."""
-    if not jobs or shutil.which("sacct") is None:
-        return []
-    told = _run(["sacct", "-n", "-P", "-X", f"--jobs={','.join(jobs)}", "--format=JobID,State,ExitCode,NodeList"])
-    found = []
-    for line in told.stdout.splitlines() if told.returncode == 0 else []:
-        job, state, code, nodes = line.split("|")
-        found.append(JobState(job, state.split()[0], f"exit {code} on {nodes}"))
-    return found
+def _ask(command: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return a command's lines, or why there are none; a job that it does not know is no failure."""
+    if shutil.which(command[0]) is None:
+        return [], [f"{command[0]}: not on this machine"]
+    try:
+        told = _run(command)
+    except ConfigError as error:
+        return [], [str(error)]
+    if told.returncode == 0:
+        return told.stdout.splitlines(), []
+    words = _words(told)
+    return [], [] if "Invalid job id specified" in words else [f"{command[0]}: {words}"]
 
 
-def _order(job: str) -> tuple[int, int]:
+def job_order(job: str) -> tuple[int, int]:
+    """Return what sorts jobs, and the elements of an array, by number."""
     number, _, element = job.partition("_")
-    found = re.match(r"\[?(\d+)", element)
-    return int(number), int(found[1]) if found else -1
+    return int(number), int(element) if element else -1
 
 
 def _words(told: subprocess.CompletedProcess[str]) -> str:
     lines = (told.stderr.strip() or told.stdout.strip()).splitlines()
     return (
-        "; ".join(re.sub(r"^(sbatch|scancel|sinfo): (error: )?", "", line) for line in lines)
+        "; ".join(re.sub(r"^(sbatch|scancel|sinfo|squeue|sacct): (error: )?", "", line) for line in lines)
         or f"exit {told.returncode}"
     )
 

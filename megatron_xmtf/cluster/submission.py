@@ -3,7 +3,8 @@
     OUT/slurm/S-train.sbatch   the script           S: the submission, 20261130-093012-1a2b
     OUT/slurm/S-train.yaml     the configuration that it runs, resolved; later edits of the user's do not reach it
     OUT/slurm/NAME-12.out      the log of job 12
-    OUT/slurm/jobs.jsonl       what was submitted
+    OUT/slurm/ended-12         the exit code of job 12, where it ran a verb; attempts.jsonl has those of runs
+    OUT/slurm/jobs.jsonl       what was submitted; of a sweep also in OUT/NAME/slurm, as 12_3
 
 A chain is N jobs of one script. Each but the first waits for the one before with `afternotok`: where that ends the run,
 the rest are never started. What waits for a chain waits for any of its jobs to end well.
@@ -90,13 +91,15 @@ def submit(
     directory: Path,
     submission: str,
     kind: str,
-    outputs: Sequence[Path],
+    output: Path,
+    elements: Sequence[Path] = (),
     links: int = 1,
     after: Sequence[str] = (),
 ) -> Submitted:
     """Write a script and submit it, `links` times as a chain.
 
-    Args:    directory: of script and logs. kind: train, or the verb. outputs: run directories whose notes tell of it.
+    Args:    directory: of script and logs. kind: train, or the verb. output: the run directory whose notes tell of it.
+             elements: run directories of an array's elements, noted in each with its own number.
              after: see `after_all`.
     Raises:  ConfigError: Slurm refuses; what was submitted before stays in the queue, and is named.
     """
@@ -114,9 +117,11 @@ def submit(
             left = f" Of the chain, jobs {' '.join(jobs)} are in the queue (scancel takes them out)." if jobs else ""
             raise ConfigError(f"{error}{left}") from error
         jobs.append(job)
-        line = {"submission": submission, "job": job, "kind": kind, "script": str(script), "link": link, "links": links}
-        for output in outputs:
-            _note(output, {**line, "dependency": dependency})
+        line: dict[str, Any] = {"submission": submission, "job": job, "kind": kind, "script": str(script)}
+        line |= {"link": link, "links": links, "dependency": dependency}
+        _note(output, {**line, "runs": list(map(str, elements))})
+        for number, element in enumerate(elements):
+            _note(element, {**line, "job": f"{job}_{number}", "runs": []})
         dependency = f"afternotok:{job}"
     return Submitted(submission=submission, script=script, jobs=jobs, wait_for="?".join(jobs))
 

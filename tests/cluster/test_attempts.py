@@ -48,6 +48,9 @@ def test_a_status_of_the_attempt_before_does_not_count(tmp_path: Path) -> None:
     assert end(tmp_path, launcher_code=143) == "requeue 1"  # died without a word
     assert begin(tmp_path) == "train 0"
     assert end(tmp_path, launcher_code=143, told_to_stop=True) == "requeue 3"  # told to, while it was starting
+    assert begin(tmp_path, submission="another") == "train 0"
+    leave(tmp_path, 3, step=20)
+    assert end(tmp_path, is_cancelled=True) == "leave 3"  # by scancel: the script has no say
 
 
 @pytest.mark.parametrize(
@@ -108,7 +111,8 @@ def test_status_without_a_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "slurm" / "jobs.jsonl").write_text(json.dumps(job) + "\n")
     status = run_status(tmp_path)
     assert (status.step, status.loss, status.train_steps, status.seconds_left) == (2, 3.0, 100, 49.0)
-    assert (status.attempts, status.outcome, status.jobs[0]["state"]) == (1, None, "no longer in the queue")
+    assert (status.attempts, status.outcome, status.jobs[0]["state"]) == (1, None, "unknown")
+    assert (status.jobs[0]["source"], status.unanswered) == ("notes", ["no Slurm on this machine"])
     assert main(["submit", "--status", str(tmp_path)]) == 0
     assert "step      2 of 100, loss 3.0000" in capsys.readouterr().out
     assert main(["submit", "--status", str(tmp_path / "nothing")]) == 2

@@ -91,7 +91,8 @@ def run_script(text: str, directory: Path, **variables: str) -> list[str]:
     fake.write_text(f"#!/bin/bash\nprintf '%s\\0' \"$@\" > {quote(str(directory / 'words'))}\n")
     fake.chmod(0o755)
     path = f"{directory / 'bin'}:{os.environ['PATH']}"
-    environment = {"PATH": path, "SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", **variables}
+    environment = {"PATH": path, "SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": str(directory)}
+    environment |= variables
     done = subprocess.run(["bash", "-s"], input=text, text=True, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr
     words = (directory / "words").read_text().split("\0")[:-1]
@@ -108,7 +109,10 @@ def test_words_come_through_as_they_are(tmp_path: Path) -> None:
     elements = [["evaluate", "--output", word] for word in HOSTILE]
     text = render_commands(elements, slurm=settings, job_name="j", working_directory=where)
     for number, element in enumerate(elements):
-        assert run_script(text, tmp_path, SLURM_ARRAY_TASK_ID=str(number))[3:] == element
+        array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(number)}
+        assert run_script(text, tmp_path, **array)[3:] == element
+        assert (tmp_path / f"ended-7_{number}").read_text() == "0\n"
+    assert (tmp_path / "ended-1").read_text() == "0\n"
     assert not list(tmp_path.rglob("broken"))
 
 

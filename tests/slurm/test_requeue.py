@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +10,8 @@ import pytest
 import yaml
 
 from megatron_xmtf.cli import main
+from tests.slurm.conftest import Submit
 from tests.slurm.virtual_cluster import VirtualCluster, wait_until
-
-STUB = Path(__file__).parent / "stub_python"
-Submit = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def submit(
-    cluster: VirtualCluster,
-    tiny_checkpoint: Path,
-    tiny_pairs: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Submit:
-    """Submit a run whose ranks follow a script of (code, step); return what --json says."""
-    monkeypatch.setenv("XMTF_TEST_PYTHON", sys.executable)
-    monkeypatch.chdir(tmp_path)
-    values = {
-        "model": str(tiny_checkpoint),
-        "output": str(tmp_path / "run"),
-        "data": {"train": [{"prefix": str(tiny_pairs)}], "index_directory": str(tmp_path / "index")},
-        "batch": {"micro_batch_size": 2, "global_batch_size": 8, "sequence_length": 64},
-        "schedule": {"train_steps": 100},
-        "precision": "fp32",
-        "slurm": {"nodes": 2, "ranks_per_node": 1, "signal_seconds": 30, "python": str(STUB)},
-    }
-    (tmp_path / "train.yaml").write_text(yaml.safe_dump(values))
-    assert main(["pack", "train.yaml"]) == 0
-    capsys.readouterr()
-
-    def put(*words: str, script: str = "", output: str = "run", code: int = 0) -> dict[str, Any]:
-        (tmp_path / output).mkdir(exist_ok=True)
-        (tmp_path / output / "script").write_text(script)
-        assert main(["submit", "train.yaml", *words, "--json"]) == code
-        told: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return told
-
-    return put
 
 
 def attempts(output: Path) -> list[dict[str, Any]]:
@@ -118,7 +79,7 @@ def test_the_stop_switch_ends_what_runs_and_what_waits(
     jobs = submit("--chain", "2", script="wait 7\n")["jobs"]
     wait_until((tmp_path / "run" / "waiting").exists, "the ranks to run")
     assert main(["submit", "--stop", "run", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"stop": "run/stop", "cancelled": [jobs[1]]}
+    assert json.loads(capsys.readouterr().out) == {"stop": ["run/stop"], "cancelled": [jobs[1]], "unanswered": []}
     assert cluster.wait_for(jobs[1]) == "CANCELLED"
     cluster.ask("scancel", "--batch", "--signal=USR1", jobs[0])  # the stub does not look for the file
     assert cluster.wait_for(jobs[0]) == "FAILED"  # the next start finds the file
@@ -186,7 +147,7 @@ def test_torchrun_is_started_on_every_node_and_its_ranks_are_told(
 
 def test_slurm_is_asked_before(submit: Submit, cluster: VirtualCluster) -> None:
     for words, text in (
-        (["--nodes", "3"], "3 nodes asked for, the partition has 2"),
+        (["--nodes", "4"], "4 nodes asked for, the partition has 3"),
         (["slurm.partition=gpu"], "there is no partition gpu"),
         (["--time", "2-00:00:00"], "more than the partition's 1-00:00:00"),
         (["slurm.constraint=a100"], "Invalid feature specification"),

@@ -106,12 +106,15 @@ def test_from_records_to_an_exported_model(
 
     # A job of a partition that goes first: the ranks get SIGTERM, save, and the job waits for its turn.
     reach(3)
-    urgent = cluster.ask("sbatch", "--parsable", "-phigh", "-N2", "--output=/dev/null", "--wrap=true")
+    urgent = cluster.ask("sbatch", "--parsable", "-phigh", "-N3", "--output=/dev/null", "--wrap=true")
     assert cluster.wait_for(urgent) == "COMPLETED", log(run)
     assert cluster.state(job) == "PENDING"
+    # The next start is on other nodes: rank 0 goes where rank 2 was, and there they meet.
+    cluster.ask("scontrol", "update", "nodename=n1", "state=drain", "reason=test")
     preempted = max(metrics(run))
     assert json.loads((run / "status.json").read_text())["exit_code"] == 3
     assert cluster.wait_for(job, "RUNNING") == "RUNNING"
+    cluster.ask("scontrol", "update", "nodename=n1", "state=resume")
     # What Slurm does `signal_seconds` before the time is over: SIGUSR1 to the script alone.
     reach(preempted + 3)
     capsys.readouterr()
@@ -125,6 +128,8 @@ def test_from_records_to_an_exported_model(
     assert cluster.wait_for(job) == "COMPLETED", log(run)
     lines = [json.loads(line) for line in (run / "slurm" / "attempts.jsonl").read_text().splitlines()]
     assert [line["decision"] for line in lines if line["event"] == "end"] == ["requeue", "requeue", "done"]
+    nodes = [line["nodes"] for line in lines if line["event"] == "begin"]
+    assert nodes[:2] == ["n[1-2]", "n[2-3]"] and len(nodes) == 3
     assert not list(site.parent.glob("xmtf-*")), "caches on the nodes are removed"
 
     # The same curve and the same weights as of a run that nobody disturbed.
