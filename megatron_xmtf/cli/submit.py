@@ -126,8 +126,10 @@ def _submit_training(arguments: argparse.Namespace) -> int:
         max_running=arguments.max_running,
     )
     findings = _name_runs(names, [_check_run(config, architecture, arguments) for config in configs])
-    seen = [base.output, base.model, *_prefixes(base), sys.prefix]
-    findings += checks.check_paths([Path(path) for path in seen if path != checks.UNNAMED], nodes=slurm.nodes)
+    named = [base.output, base.model, *_prefixes(base)]
+    seen = [Path(path).absolute() for path in named if path != checks.UNNAMED and not path.startswith("preset:")]
+    findings += checks.check_paths([*seen, *_interpreter(slurm)], nodes=slurm.nodes)
+    findings += checks.check_container(slurm, seen, working_directory=Path.cwd())
     findings += checks.check_script(text, slurm, nodes=slurm.nodes, is_dry=arguments.dry_run)
 
     def put() -> Any:
@@ -173,7 +175,8 @@ def _submit_command(arguments: argparse.Namespace) -> int:
         max_running=arguments.max_running,
     )
     findings = _check_commands(commands, arguments)
-    findings += checks.check_paths([output, Path.cwd(), Path(sys.prefix)], nodes=nodes)
+    findings += checks.check_paths([output, Path.cwd(), *_interpreter(slurm)], nodes=nodes)
+    findings += checks.check_container(slurm, [output.absolute()], working_directory=Path.cwd())
     findings += checks.check_script(text, slurm, nodes=nodes, is_dry=arguments.dry_run)
 
     def put() -> Any:
@@ -195,8 +198,8 @@ def _load_runs(arguments: argparse.Namespace) -> tuple[RunConfig, list[str], lis
 
     A dry run of a recipe may leave out which model and where.
     """
+    from megatron_xmtf.cluster.sweep import load_sweep
     from megatron_xmtf.config import load_config
-    from megatron_xmtf.config.load import load_yaml
     from megatron_xmtf.errors import XmtfError
     from megatron_xmtf.planning.run_model import load_plan_config, run_architecture
 
@@ -211,21 +214,8 @@ def _load_runs(arguments: argparse.Namespace) -> tuple[RunConfig, list[str], lis
         architecture = None  # `check_inputs` says what is wrong with it
     if not arguments.sweep:
         return base, [""], [base], architecture
-    sweep = load_yaml(arguments.sweep)
-    if not isinstance(sweep, dict) or not all(isinstance(value, list) for value in sweep.values()) or len(sweep) < 2:
-        raise ConfigError(f"{arguments.sweep}: a sweep is a mapping of two or more names to lists of overrides.")
-    names = [str(name) for name in sweep]
-    for name in names:
-        if Path(name).name != name or name in (".", "..", "slurm", "checkpoints"):
-            raise ConfigError(f"{arguments.sweep}: {name!r} cannot be the name of a run's directory.")
-    configs = []
-    for name, overrides in zip(names, sweep.values(), strict=True):
-        refused = [str(word) for word in overrides if str(word).startswith(("slurm", "output"))]
-        if refused:
-            raise ConfigError(f"{arguments.sweep}: {name}: {refused[0]}: one job script serves all runs of a sweep.")
-        each = [*words, *map(str, overrides), f"output={Path(base.output) / name}"]
-        configs.append(load_config(arguments.config, each, overlays=overlays))
-    return base, names, configs, architecture
+    runs = load_sweep(arguments.sweep, arguments.config, words, overlays=overlays, output=base.output)
+    return base, list(runs), list(runs.values()), architecture
 
 
 def _load_job(arguments: argparse.Namespace) -> tuple[Path, SlurmConfig]:
@@ -261,6 +251,11 @@ def _name_runs(names: Sequence[str], findings: Sequence[list[Finding]]) -> list[
         for name, found in zip(names, findings, strict=True)
         for finding in found
     ]
+
+
+def _interpreter(slurm: SlurmConfig) -> list[Path]:
+    """Return the directory of the environment that jobs run in, where it is this one."""
+    return [Path(sys.prefix)] if slurm.python is None and slurm.container is None else []
 
 
 def _prefixes(config: RunConfig) -> Iterator[str]:

@@ -18,6 +18,7 @@ from typing import Literal
 
 from megatron_xmtf.cluster import slurm as commands
 from megatron_xmtf.cluster.attempts import newest_step
+from megatron_xmtf.cluster.container import is_file, unseen
 from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.config.slurm import SlurmConfig, seconds_of_time
 from megatron_xmtf.errors import DatasetError, XmtfError
@@ -26,6 +27,7 @@ from megatron_xmtf.models.architecture import Architecture
 __all__ = [
     "UNNAMED",
     "Finding",
+    "check_container",
     "check_disk",
     "check_inputs",
     "check_paths",
@@ -218,6 +220,31 @@ def check_paths(paths: Sequence[Path], *, nodes: int) -> list[Finding]:
             text = f"{which}: on {place} ({kind}), which the nodes see only if it is exported to them"
             found.append(Finding("warning", "paths", text))
     return found or [Finding("ok", "paths", f"on file systems that are shared ({nodes} nodes)")]
+
+
+def check_container(slurm: SlurmConfig, paths: Sequence[Path], *, working_directory: Path) -> list[Finding]:
+    """Check that the image is there, and that what the run reads and writes is seen inside.
+
+    Args:  paths: of inputs and outputs, absolute.
+    """
+    container = slurm.container
+    if container is None:
+        return []
+    if is_file(container) and not Path(container.image).exists():
+        return [Finding("error", "container", f"slurm.container.image={container.image} does not exist")]
+    found = []
+    if not is_file(container):
+        make = "enroot import" if container.runtime == "pyxis" else "apptainer pull"
+        found.append(Finding("warning", "container", f"{container.image} is pulled at every start; {make} it once"))
+    for mount in container.mounts:
+        if not Path(mount.split(":")[0]).exists():
+            found.append(Finding("warning", "container", f"the mount {mount} is not there on this machine"))
+    hidden = unseen(slurm, [working_directory, *paths], working_directory=working_directory)
+    if hidden:
+        which = ", ".join(map(str, hidden))
+        remedy = "unless the site mounts it by itself, add a directory above it to slurm.container.mounts"
+        found.append(Finding("warning", "container", f"not seen inside: {which}; {remedy}"))
+    return found or [Finding("ok", "container", f"{container.image}; what the run reads and writes is seen inside")]
 
 
 def check_script(text: str, slurm: SlurmConfig, *, nodes: int, is_dry: bool) -> list[Finding]:

@@ -20,6 +20,7 @@ from typing import Any
 import jinja2
 
 import megatron_xmtf
+from megatron_xmtf.cluster.container import inside_words, srun_options
 from megatron_xmtf.cluster.shell import Shell, join, quote
 from megatron_xmtf.config.slurm import SlurmConfig
 
@@ -82,17 +83,18 @@ def render_train(
     ]
     lines = directives(slurm, job_name=job_name, nodes=slurm.nodes, tasks_per_node=tasks, cpus=cpus, array=shape)
     lines.append(f"#SBATCH --signal=B:USR1@{slurm.signal_seconds}")
+    inside = srun_options(slurm, working_directory=working_directory)
     return _render(
         "train.sbatch",
         slurm,
+        working_directory,
         directives=Shell("\n".join(lines)),
-        working_directory=str(working_directory),
         runs=[{"config": str(run.config), "output": str(run.output)} for run in runs],
         limits=join(limits),
         submission=submission,
         torchrun=slurm.launcher == "torchrun",
         ranks_per_node=slurm.ranks,
-        srun=join([*LAUNCH, *_step_size(slurm.nodes, tasks, cpus), *_pyxis(slurm)]),
+        srun=join([*LAUNCH, *_step_size(slurm.nodes, tasks, cpus), *inside]),
     )
 
 
@@ -119,13 +121,14 @@ def render_commands(
     lines = directives(
         slurm, job_name=job_name, nodes=nodes, tasks_per_node=tasks, cpus=cpus, array=shape, uses_gpus=uses_gpus
     )
+    inside = srun_options(slurm, working_directory=working_directory)
     return _render(
         "command.sbatch",
         slurm,
+        working_directory,
         directives=Shell("\n".join(lines)),
-        working_directory=str(working_directory),
         commands=[join(command) for command in commands],
-        srun=join([*LAUNCH, *_step_size(nodes, tasks, cpus), *_pyxis(slurm)]),
+        srun=join([*LAUNCH, *_step_size(nodes, tasks, cpus), *inside]),
     )
 
 
@@ -176,35 +179,18 @@ def _step_size(nodes: int, tasks: int, cpus: int | None) -> list[str]:
     return [f"--nodes={nodes}", f"--ntasks={nodes * tasks}", f"--ntasks-per-node={tasks}", *cores]
 
 
-def _pyxis(slurm: SlurmConfig) -> list[str]:
-    container = slurm.container
-    if container is None or container.runtime != "pyxis":
-        return []
-    mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
-    return [f"--container-image={container.image}", *mounts]
-
-
-def _python(slurm: SlurmConfig) -> list[str]:
-    """Return the words that start Python in the job, its container's among them."""
-    container = slurm.container
-    if container is None:
-        return [slurm.python or sys.executable]
-    python = [slurm.python or "python"]
-    if container.runtime == "pyxis":
-        return python
-    binds = [word for mount in container.mounts for word in ("--bind", mount)]
-    return ["apptainer", "exec", "--nv", *binds, container.image, *python]
-
-
-def _render(template: str, slurm: SlurmConfig, **values: Any) -> str:
-    python = _python(slurm)
+def _render(template: str, slurm: SlurmConfig, working_directory: Path, **values: Any) -> str:
+    interpreter = slurm.python or (sys.executable if slurm.container is None else "python")
+    python = inside_words(slurm, interpreter, working_directory=working_directory)
     xmtf = [*python, "-m", "megatron_xmtf"]
-    alone = ["srun", "--nodes=1", "--ntasks=1", *_pyxis(slurm)] if _pyxis(slurm) else []
+    inside = srun_options(slurm, working_directory=working_directory)
+    alone = ["srun", "--nodes=1", "--ntasks=1", *inside] if inside else []
     text = (
         _environment()
         .get_template(template)
         .render(
             version=Shell(megatron_xmtf.__version__),
+            working_directory=str(working_directory),
             setup=[Shell(line) for line in slurm.setup],
             environment=[(Shell(name), value) for name, value in sorted(slurm.environment.items())],
             cache=slurm.node_local_directory,

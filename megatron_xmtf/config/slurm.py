@@ -38,6 +38,8 @@ Constraint = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9(\[][A-Za-z0-
 JobName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=80)]
 VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Line = Annotated[str, AfterValidator(_one_line)]
+Word = Annotated[str, StringConstraints(pattern=r"^[^-]"), AfterValidator(_one_line)]
+"""Where a leading dash would make an option of it."""
 NodePath = Annotated[str, StringConstraints(pattern=r"^/"), AfterValidator(_one_line)]
 Time = Annotated[str, BeforeValidator(_minutes), AfterValidator(_is_time)]
 Option = Annotated[str, StringConstraints(pattern=r"^--[a-z]"), AfterValidator(_one_line)]
@@ -65,12 +67,35 @@ def seconds_of_time(text: str) -> int | None:
 class ContainerConfig(Section):
     """The image that everything runs in."""
 
-    image: Line
-    """File of the image, or for pyxis also a name such as `nvcr.io#nvidia/pytorch:25.04-py3`."""
+    image: Word
+    """File of the image (for pyxis with a / or ./ at its beginning), or a name in a registry, which every start pulls:
+    `docker://...`, for pyxis `nvcr.io#nvidia/pytorch:25.04-py3`."""
     runtime: Literal["apptainer", "pyxis"] = "apptainer"
     """apptainer: `apptainer exec --nv IMAGE ...`. pyxis: NVIDIA's plugin, `srun --container-image=IMAGE`."""
-    mounts: list[Line] = []
-    """Directories to be seen inside, `PATH` or `PATH:INSIDE`; the run's own must be among them."""
+    mounts: list[NodePath] = []
+    """Directories to be seen inside, `PATH`, `PATH:INSIDE` or `PATH:INSIDE:OPTIONS`. Those of model, data and output
+    must be among them, under their own names; apptainer adds the home, the working directory and /tmp by itself."""
+
+    @model_validator(mode="after")
+    def _mountable(self) -> ContainerConfig:
+        for mount in self.mounts:
+            require_mountable(mount, self, separators=",")
+        return self
+
+
+def require_mountable(mount: str, container: ContainerConfig, *, separators: str) -> None:
+    """Refuse a mount that the container's tool cannot be told of.
+
+    Args:    separators: letters that end a mount, or a part of one.
+    Raises:  ValueError: one of those; for pyxis what a shell reads, as it writes mounts into a script unquoted.
+    """
+    letters = separators + ('"$`\\' if container.runtime == "pyxis" else "")
+    read = [letter for letter in letters if letter in mount]
+    if read:
+        raise ValueError(
+            f"{container.runtime} cannot be told of the mount {mount!r}: it reads {' '.join(read)} itself; "
+            "mount a directory above it, or rename it"
+        )
 
 
 class SlurmConfig(Section):
@@ -114,7 +139,7 @@ class SlurmConfig(Section):
     a step and a save must fit. 600: ml-engineering's guide."""
     launcher: Literal["srun", "torchrun"] = "srun"
     """srun: every rank is a task of Slurm's, so signals and exit codes pass through nobody. torchrun: one a node."""
-    python: Line | None = None
+    python: Word | None = None
     """Interpreter in the job. None: the one that runs `xmtf submit`; in a container `python`."""
     setup: list[Line] = []
     """Lines of shell before anything else runs, as they are: `module load cuda`, `source venv/bin/activate`."""
@@ -148,6 +173,9 @@ class SlurmConfig(Section):
             )
         if self.launcher == "torchrun" and self.container is not None:
             raise ValueError("launcher=torchrun cannot reach ranks inside a container with a signal; use launcher=srun")
+        if self.container is not None and self.node_local_directory is not None:
+            # The caches there are wanted inside.
+            require_mountable(self.node_local_directory, self.container, separators=",:")
         if self.gpu_type is not None and not self.gpus_per_node:
             raise ValueError(f"gpu_type={self.gpu_type} needs gpus_per_node; it is 0")
         if self.gpus_per_node and self.ranks > self.gpus_per_node:
