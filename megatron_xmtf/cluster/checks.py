@@ -267,7 +267,12 @@ def check_script(text: str, slurm: SlurmConfig, *, nodes: int, is_dry: bool) -> 
         return [Finding("error", "slurm", f"{nodes} nodes asked for, the partition has {available}")]
     if limit is not None and most is not None and limit > most:
         return [Finding("error", "slurm", f"slurm.time={slurm.time} is more than the partition's {longest}")]
-    return [Finding("ok" if takes else "error", "slurm", words)]
+    found = [Finding("ok" if takes else "error", "slurm", words)]
+    names = commands.overriding_variables()
+    if names:
+        text = f"{', '.join(names)} of this shell goes before what the script says; unset it, or mean it"
+        found.append(Finding("warning", "slurm", text))
+    return found
 
 
 @contextmanager

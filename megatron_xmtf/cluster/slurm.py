@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ __all__ = [
     "has_slurm",
     "job_order",
     "job_states",
+    "overriding_variables",
     "partition_limits",
     "submit_script",
     "test_script",
@@ -58,6 +60,11 @@ class Answer:
 def has_slurm() -> bool:
     """Whether this machine can submit."""
     return shutil.which("sbatch") is not None
+
+
+def overriding_variables() -> list[str]:
+    """Return the variables of this shell that sbatch puts before what a script says (sbatch(1), INPUT ENVIRONMENT)."""
+    return sorted(name for name in os.environ if name.startswith("SBATCH_"))
 
 
 def submit_script(script: Path, *, arguments: Sequence[str] = (), dependency: str | None = None) -> str:
@@ -164,6 +171,18 @@ def job_order(job: str) -> tuple[int, int]:
     return int(number), int(element) if element else -1
 
 
+def _environment() -> dict[str, str]:
+    """Return this shell's variables without those of a job that it may be in.
+
+    sbatch hands them on to the next job, where those that it does not set itself would be believed:
+    SLURM_CPUS_PER_TASK, SLURM_RESTART_COUNT, SLURM_ARRAY_JOB_ID.
+    """
+    if "SLURM_JOB_ID" not in os.environ:
+        return dict(os.environ)
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS")
+    return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name in kept}
+
+
 def _words(told: subprocess.CompletedProcess[str]) -> str:
     lines = (told.stderr.strip() or told.stdout.strip()).splitlines()
     return (
@@ -177,7 +196,14 @@ def _run(
 ) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, cwd=directory, input=text, timeout=TIMEOUT_SECONDS, check=False
+            command,
+            capture_output=True,
+            text=True,
+            cwd=directory,
+            input=text,
+            env=_environment(),
+            timeout=TIMEOUT_SECONDS,
+            check=False,
         )
     except FileNotFoundError as error:
         raise MissingError(
