@@ -115,7 +115,7 @@ def measured(
             late += 1
             continue
         row: dict[str, Any] = {"queries": cut.queries, "keys": cut.keys, "warps": cut.num_warps}
-        row |= {"stages": cut.num_stages, "chosen": cut is chosen}
+        row |= {"stages": cut.num_stages, "chosen": cut is chosen or None}
         try:
             row |= time_cut({kernel: cut}, cases, is_forward=kernel == "attention_forward")
         except Exception as error:  # one that takes more of the device than there is must not end the others; said so
@@ -125,7 +125,7 @@ def measured(
     best = min(right, key=lambda row: float(row["ms"]), default=None)
     for row in rows:
         if "ms" in row and "ms" in rows[0]:
-            row |= {"speed, times the chosen's": rows[0]["ms"] / row["ms"], "best": row is best}
+            row |= {"speed, times the chosen's": rows[0]["ms"] / row["ms"], "best": row is best or None}
     return rows, late
 
 
