@@ -165,6 +165,8 @@ def _submit_command(arguments: argparse.Namespace) -> int:
     if nodes > 1 and verb not in RANK_VERBS:
         raise ConfigError(f"--nodes {nodes}: {verb} runs on one node; {' and '.join(RANK_VERBS)} on several.")
     commands = _commands(arguments, output)
+    if nodes > 1 and any(word.partition("=")[0] == "--hf" for word in arguments.command):
+        raise ConfigError(f"--nodes {nodes}: --hf is read by one process; import it, and name --checkpoint.")
     text = render_commands(
         commands,
         slurm=slurm,

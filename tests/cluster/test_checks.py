@@ -100,6 +100,7 @@ def test_checkpoints_are_as_large_as_estimated(run_config: Callable[..., RunConf
     [
         (["--", "train", "x"], "a run is submitted without"),
         (["--nodes", "2", "--", "export", "--checkpoint", "a", "--output", "b"], "export runs on one node"),
+        (["--nodes", "2", "--", "evaluate", "--hf", "x", "--tasks", "t", "--output", "o"], "read by one process"),
         (["--chain", "2", "--", "pack", "x"], "for training"),
         (["--each-checkpoint", "--", "evaluate", "--checkpoint", "x"], "{checkpoint} and"),
         (["--chain", "0"], "at least 1"),

@@ -168,6 +168,21 @@ def test_from_records_to_an_exported_model(
 
 
 @pytest.mark.slow
+def test_an_evaluation_over_two_nodes(site: Path, submit: Callable[..., str], cluster: VirtualCluster) -> None:
+    """Four ranks of a plain srun, TP2 x DP2, find what `transformers` finds in one process."""
+    from megatron_xmtf.conversion.huggingface import import_huggingface
+
+    import_huggingface(site / "hf", site / "imported")
+    asked = ["--tasks", "tasks.yaml", "--output"]
+    words = ["evaluate", "--checkpoint", "imported", *asked, "asked/wide", "--tensor-model-parallel-size", "2"]
+    job = submit("--nodes", "2", "--", *words)
+    assert main(["evaluate", "--hf", "hf", *asked, "asked/alone"]) == 0
+    assert cluster.wait_for(job) == "COMPLETED", log(site / "runs" / "first")
+    wide, alone = (json.loads((site / "asked" / name / "results.json").read_text()) for name in ("wide", "alone"))
+    assert wide["results"] and wide["results"] == alone["results"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_the_time_limit_itself(launcher: str, site: Path, submit: Callable[..., str], cluster: VirtualCluster) -> None:
     """Slurm signals by itself, before two minutes are over; the run ends in one of the next starts."""
