@@ -23,6 +23,8 @@ def block(language: str) -> str:
 
 def test_the_configuration_is_one() -> None:
     config_from_mapping(yaml.safe_load(block("yaml"))["slurm"], SlurmConfig, source="docs/cluster.md")
+    container = yaml.safe_load(block("yaml container"))["slurm"]
+    config_from_mapping(container, SlurmConfig, source="docs/cluster.md")
     assert set(re.findall(r"`slurm\.(\w+)", PAGE)) <= set(SlurmConfig.model_fields)
 
 
