@@ -118,7 +118,8 @@ def run_status(output: Path | str) -> RunStatus:
         raise MissingError(f"{output} is no run directory: neither {STATUS} nor metrics.jsonl nor slurm/ is in it.")
     submitted = read_lines(directory / JOBS)
     answer = job_states([line["job"] for line in submitted])
-    runs = [_gather(path, read_lines(path / SLURM_DIRECTORY / JOBS), answer) for path in _runs(submitted[-1:])]
+    newest = [line for line in submitted if line["kind"] == "train"][-1:]
+    runs = [_gather(path, read_lines(path / SLURM_DIRECTORY / JOBS), answer) for path in _runs(newest)]
     return _gather(output, submitted, answer, runs=runs)
 
 

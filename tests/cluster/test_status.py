@@ -137,7 +137,8 @@ def test_a_sweep_tells_of_each_run_and_stops_each(
         (base / name / "slurm" / "jobs.jsonl").write_text(json.dumps(line) + "\n")
     (base / "slurm").mkdir()
     runs = [str(base / name) for name in ("low", "high")]
-    (base / "slurm" / "jobs.jsonl").write_text(json.dumps({**line, "job": "12", "runs": runs}) + "\n")
+    lines = [{**line, "job": "12", "runs": runs}, {**line, "job": "13", "kind": "evaluate"}]
+    (base / "slurm" / "jobs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     (base / "slurm" / "sweep-12_1.out").write_text("its log\n")
     slurm(squeue="12_0|RUNNING|None|n1\n12_1|PENDING|Resources|")
     status = run_status(base)
