@@ -116,3 +116,11 @@ def test_status_without_a_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["submit", "--status", str(tmp_path)]) == 0
     assert "step      2 of 100, loss 3.0000" in capsys.readouterr().out
     assert main(["submit", "--status", str(tmp_path / "nothing")]) == 2
+
+
+def test_an_element_of_an_array_has_the_name_that_slurm_takes(tmp_path: Path) -> None:
+    """SLURM_JOB_ID is another number, and the last element's is the whole array's."""
+    element = {**JOB, "SLURM_ARRAY_JOB_ID": "11", "SLURM_ARRAY_TASK_ID": "1"}
+    begin_attempt(tmp_path, submission="s", limits=LIMITS, environment=element)
+    (line,) = (tmp_path / "slurm" / "attempts.jsonl").read_text().splitlines()
+    assert json.loads(line)["job"] == "11_1"

@@ -84,7 +84,7 @@ def metrics(run: Path) -> dict[int, dict[str, Any]]:
 
 
 def log(run: Path) -> str:
-    return "\n".join(path.read_text(errors="replace")[-3000:] for path in sorted((run / "slurm").glob("*.out")))
+    return "\n".join(path.read_text(errors="replace") for path in sorted((run / "slurm").glob("*.out")))
 
 
 @pytest.mark.slow  # two to five minutes: three starts of four ranks on whatever cores there are
