@@ -54,6 +54,7 @@ class VocabularyHead(tensor_parallel.ColumnParallelLinear):
             group=self.tp_group if self.tp_group.size() > 1 else None,
             # The gather over the sequence, differentiated, sums over the ranks itself.
             reduces_hidden=not self.sequence_parallel,
+            is_embedding=not has_weight,
         )
 
     def forward(

@@ -43,6 +43,8 @@ LOGITS_AT_ONCE = 1 << 28
 """As `kernels/head_loss/chunked.py` has it on a GPU."""
 WIDE_AT_ONCE = 1 << 24
 """Logits that are held in fp32 beside them by plain torch, as there."""
+GRADIENT_AT_ONCE = 1 << 26
+"""Numbers of the gradient of a weight that the embedding has too, as there."""
 PLAIN_LOGIT_BYTES = 10
 GIB = 2.0**30
 
@@ -105,7 +107,7 @@ def memory_by_stage(architecture: Architecture, layout: Layout, cluster: Cluster
                 gradients=size.parameters * (4 if layout.precision == "fp32" else layout.engine.gradient_bytes),
                 optimizer=_optimizer_bytes(layout, size.parameters, size.factored_numbers),
                 activations=in_flight * kept + live,
-                logits=head_bytes(architecture, layout) if chunks[-1].answers else 0.0,
+                logits=head_bytes(architecture, layout, chunk=chunks[-1]) if chunks[-1].answers else 0.0,
                 framework=cluster.framework_gib * GIB,
             )
         )
@@ -203,7 +205,9 @@ def _live_bytes(architecture: Architecture, layout: Layout, chunk: ChunkShape) -
     return largest
 
 
-def head_bytes(architecture: Architecture, layout: Layout, *, plain: bool | None = None) -> float:
+def head_bytes(
+    architecture: Architecture, layout: Layout, *, chunk: ChunkShape | None = None, plain: bool | None = None
+) -> float:
     """Return what the head holds at its worst moment, for one micro-batch on one rank, beside its weight and input.
 
     BLOOM's 250,880 words at TP4, two rows of 2,048, a loss at every position     plain         ours
@@ -215,7 +219,8 @@ def head_bytes(architecture: Architecture, layout: Layout, *, plain: bool | None
     of the logits in fp32, in half precision two (forward a copy, and what is left when the largest is taken off;
     backward the next copy beside the last). Published engines hold gradients from step to step, and not here.
 
-    Args:    plain: all logits at once; None: as the layout's engine does.
+    Args:    chunk: where the head is: beside the embedding whose weight it has, it makes a part of the gradient at a
+             time. plain: all logits at once; None: as the layout's engine does.
     """
     positions = layout.micro_batch_size * layout.sides[1]
     words, number = architecture.padded_vocab_size / layout.tp, layout.number_bytes
@@ -235,5 +240,9 @@ def head_bytes(architecture: Architecture, layout: Layout, *, plain: bool | None
     summed = hidden * number
     if logits > LOGITS_AT_ONCE:
         summed, part = hidden * 4, hidden * number if number == 2 else 0
-    backward = of_weight + summed + max(part, converted)
+    is_tied = isinstance(architecture, BloomArchitecture) or architecture.tied_head
+    if is_tied and chunk is not None and chunk.embeds:
+        backward = summed + max(part, converted, min(of_weight, GRADIENT_AT_ONCE * number))
+    else:
+        backward = of_weight + summed + max(part, converted)
     return min(logits, LOGITS_AT_ONCE) * number + max(forward, backward)

@@ -21,7 +21,7 @@ from megatron_xmtf.planning import memory_model
 from megatron_xmtf.planning.layer_work import LayerWork, layer_work, work_key
 from megatron_xmtf.planning.layout import Layout
 from megatron_xmtf.planning.memory_model import head_bytes
-from megatron_xmtf.planning.model_shape import LayerKind
+from megatron_xmtf.planning.model_shape import ChunkShape, LayerKind
 
 ROWS, LENGTH, ENCODER, DECODER = 2, 96, 96, 64
 
@@ -136,18 +136,22 @@ def largest_allocated(run: Callable[[], None]) -> int:
 
 @pytest.mark.parametrize("limit", [1 << 24, 1 << 18], ids=["at once", "in pieces"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_the_heads_worst_moment(precision: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_embedding", [False, True], ids=["a weight of its own", "the embedding's"])
+def test_the_heads_worst_moment(
+    precision: str, limit: int, is_embedding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """512 positions, 2,048 words, h = 128, forward and backward; beside it a dozen numbers a position."""
-    assert (memory_model.LOGITS_AT_ONCE, memory_model.WIDE_AT_ONCE) == (
-        chunked.LOGITS_AT_ONCE["cuda"],
-        chunked.WIDE_AT_ONCE,
-    )
+    assert chunked.LOGITS_AT_ONCE["cuda"] == memory_model.LOGITS_AT_ONCE
+    assert chunked.WIDE_AT_ONCE == memory_model.WIDE_AT_ONCE
+    assert chunked.GRADIENT_AT_ONCE == memory_model.GRADIENT_AT_ONCE
     for module in (memory_model, chunked):
         monkeypatch.setattr(module, "WIDE_AT_ONCE", 1 << 16)
+        monkeypatch.setattr(module, "GRADIENT_AT_ONCE", 1 << 15)
     monkeypatch.setattr(memory_model, "LOGITS_AT_ONCE", limit)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     hidden, weight = (torch.randn(count, 128, dtype=dtype, requires_grad=True) for count in (512, 2048))
-    shard = chunked.VocabularyShard(first=0, count=2048)
+    shard = chunked.VocabularyShard(first=0, count=2048, is_embedding=is_embedding)
+    weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
 
     def run() -> None:
         labels = torch.arange(512)
@@ -164,6 +168,7 @@ def test_the_heads_worst_moment(precision: str, limit: int, monkeypatch: pytest.
         precision=precision,
         head="chunked",
     )
-    assert 0 <= held - head_bytes(architecture, layout) < 12 * 4 * 512
+    chunk = ChunkShape(layers=(), embeds=is_embedding, answers=True)
+    assert 0 <= held - head_bytes(architecture, layout, chunk=chunk) < 12 * 4 * 512
     # Negative control: a number a logit is more than that.
     assert 12 * 4 * 512 < min(512 * 2048, limit)

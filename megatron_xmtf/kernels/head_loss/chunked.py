@@ -13,6 +13,10 @@ So each number of the weight's gradient, the largest result by far, is written o
 logits are ever held, in the precision of hidden, for any number of positions; the price beyond that is a third matrix
 product more (8 n h v floating-point operations instead of 6 n h v).
 
+Where the same rank's embedding has the weight too, and a gradient of many micro-batches is added up in fp32
+(`main_grad`), the weight's gradient goes there, a part of its rows at a time: autograd would add it to the embedding's
+in half precision, and hold it whole until then. It is the embedding's that autograd then brings to the weight.
+
 What is done to logits is `TORCH` here, and in `fused.py` two Triton kernels. Nothing waits for the device, and without
 positions no rank communicates: those of a tensor-parallel group see the same batch, so all of them have none.
 
@@ -38,6 +42,8 @@ LOGITS_AT_ONCE = {"cpu": 1 << 26, "cuda": 1 << 28}
 matrix products to fill the device."""
 WIDE_AT_ONCE = 1 << 24
 """Logits that `TORCH` holds in fp32 beside them: 64 MiB."""
+GRADIENT_AT_ONCE = 1 << 26
+"""Numbers of the weight's gradient that are made at once where they are added to what is there: in bf16 128 MiB."""
 ALIGNED_WORDS = 256
 """Words of a chunk are a multiple of this, so that rows of logits begin where tensor cores want them."""
 
@@ -54,6 +60,8 @@ class VocabularyShard:
     """The tensor-parallel ranks; None: this rank holds the whole vocabulary."""
     reduces_hidden: bool = True
     """Whether the gradient of hidden is summed over the ranks here; False where the caller does it."""
+    is_embedding: bool = False
+    """Whether the weight is the embedding of this very rank, whose gradient autograd brings to it."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,8 @@ class _HeadLoss(torch.autograd.Function):
         log_sums = sums.log()
         ctx.save_for_backward(hidden, weight, columns, largest + log_sums, kept)
         ctx.shard, ctx.limit, ctx.operations = shard, limit, operations
+        # What is saved comes back without its attributes.
+        ctx.main_grad = getattr(weight, "main_grad", None) if shard.is_embedding else None
         return log_sums - (of_label - largest)
 
     @staticmethod
@@ -132,18 +142,24 @@ class _HeadLoss(torch.autograd.Function):
         hidden, weight, columns, log_sums, kept = ctx.saved_tensors
         shard, of_losses = ctx.shard, gradients[0].contiguous()
         if not len(hidden):
-            return torch.zeros_like(hidden), torch.zeros_like(weight), None, None, None, None
+            of_nothing = None if ctx.main_grad is not None else torch.zeros_like(weight)
+            return torch.zeros_like(hidden), of_nothing, None, None, None, None
         at_once = shard.count if kept is not None else ctx.limit // len(hidden)
         chunks = list(_cut(shard.count, at_once, multiple=ALIGNED_WORDS))
         # In fp32 where chunks are added up: half precision would round after each.
         of_hidden = torch.zeros_like(hidden, dtype=torch.float32 if len(chunks) > 1 else None)
-        of_weight = torch.empty_like(weight)
-        of_weight[shard.count :] = 0.0
+        of_weight = None
+        if ctx.main_grad is None:
+            of_weight = torch.empty_like(weight)
+            of_weight[shard.count :] = 0.0
         for chunk in chunks:
             words = weight[chunk]
             of_logits = hidden @ words.t() if kept is None else kept
             ctx.operations.turn_into_gradient(of_logits, columns - chunk.start, log_sums, of_losses)
-            torch.mm(of_logits.t(), hidden, out=of_weight[chunk])
+            if of_weight is not None:
+                torch.mm(of_logits.t(), hidden, out=of_weight[chunk])
+            else:
+                _add_products(ctx.main_grad[chunk], of_logits, hidden)
             if of_hidden.dtype == of_logits.dtype:
                 of_hidden.addmm_(of_logits, words)
             else:
@@ -153,6 +169,15 @@ class _HeadLoss(torch.autograd.Function):
         if shard.group is not None and shard.reduces_hidden:
             torch.distributed.all_reduce(of_hidden, group=shard.group)
         return of_hidden, of_weight, None, None, None, None
+
+
+def _add_products(total: Tensor, of_logits: Tensor, hidden: Tensor) -> None:
+    """Add the gradient of some words' rows [w, h] to `total`, some of these rows at a time.
+
+    Args:  of_logits: [n, w].
+    """
+    for words in _cut(len(total), GRADIENT_AT_ONCE // hidden.size(1), multiple=ALIGNED_WORDS):
+        total[words].add_(of_logits[:, words].t() @ hidden)
 
 
 def join_ranks(largest: Tensor, sums: Tensor, of_label: Tensor, shard: VocabularyShard) -> tuple[Tensor, ...]:
