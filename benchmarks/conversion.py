@@ -32,7 +32,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from datetime import date
 from pathlib import Path
@@ -138,38 +137,30 @@ def write_model(directory: Path, sizes: dict[str, int]) -> int:
 
 
 def anonymous_bytes(process_id: int) -> int:
-    """Return the anonymous memory of a process and all below it."""
+    """Return the anonymous memory of a process and all below it, out of counters: maps would be walked under a lock."""
     total, pending = 0, [process_id]
     while pending:
         number = pending.pop()
         try:
-            rollup = Path(f"/proc/{number}/smaps_rollup").read_text(encoding="utf-8")
+            status = Path(f"/proc/{number}/status").read_text(encoding="utf-8")
             pending += map(int, Path(f"/proc/{number}/task/{number}/children").read_text(encoding="utf-8").split())
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-        total += next(int(line.split()[1]) << 10 for line in rollup.splitlines() if line.startswith("Anonymous:"))
+        total += sum(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("RssAnon:"))
     return total
 
 
 def run(program: str, *arguments: object) -> tuple[float, int]:
     """Run a side; return its seconds and the peak of its anonymous memory."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    started = time.monotonic()
+    started, peak = time.monotonic(), 0
     process = subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], env=environment)
-    peak = [0]
-
-    def sample() -> None:
-        while process.poll() is None:
-            peak[0] = max(peak[0], anonymous_bytes(process.pid))
-            time.sleep(SAMPLE_SECONDS)
-
-    watcher = threading.Thread(target=sample)
-    watcher.start()
+    while process.poll() is None:
+        peak = max(peak, anonymous_bytes(process.pid))
+        time.sleep(SAMPLE_SECONDS)
     if process.wait():
         raise SystemExit(f"a side failed with exit code {process.returncode}")
-    seconds = time.monotonic() - started
-    watcher.join()
-    return seconds, peak[0]
+    return time.monotonic() - started, peak
 
 
 def forget(directory: Path) -> None:
@@ -201,38 +192,51 @@ def measure(root: Path, total: int, *, rounds: int, workers: int, with_transform
     if with_transformers:
         sides["transformers"] = (TRANSFORMERS, model, root / "saved", ())
     # What the modules alone take, in one process; a worker process has imported them too.
-    bare = {name: run(program)[1] for name, (program, *_) in sides.items() if "copy" not in name}
+    bare = {name: run(program) for name, (program, *_) in sides.items() if "copy" not in name}
     processes = 1 + (workers if workers > 1 else 0)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    start: dict[str, list[float]] = {name: [] for name in bare}
     memory: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, (program, source, target, more) in sides.items():
+            if name in bare:
+                start[name].append(run(program)[0])
             forget(source)
-            touch_memory(3 * total)
+            touch_memory(2 * total + (1 << 30))
             took, peak = run(program, source, target, *more)
             seconds[name].append(took)
-            started = bare.get(name, 0) * (processes if name in ("import", "export") else 1)
+            started = bare[name][1] * (processes if name in ("import", "export") else 1) if name in bare else 0
             memory[name].append((peak - started) / 2**30)
             if name != "import":
                 shutil.rmtree(target)
         shutil.rmtree(checkpoint)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    ratios = {
-        f"speed_over_{copy.replace(' ', '_')}": {
-            name: round(median[copy] / value, 3) for name, value in median.items() if name != copy
-        }
-        for copy in ("copy", "streamed copy")
-    }
+    begun = {name: statistics.median(values) for name, values in start.items()}
+    working = {name: value - begun.get(name, 0) for name, value in median.items()}
     return {
         "bytes_of_weights": total,
         "rounds": rounds,
         "processes": workers,
-        "seconds": {name: [round(value, 2) for value in values] for name, values in seconds.items()},
+        "seconds": rounded(seconds),
+        "seconds_to_start": rounded(start),
         "gb_per_second": {name: round(total / 1e9 / value, 3) for name, value in median.items()},
-        **ratios,
+        "speed_over_copy": over(median, "copy"),
+        "speed_over_streamed_copy": over(median, "streamed copy"),
+        "speed_over_copy_once_started": over(working, "copy"),
+        "speed_over_streamed_copy_once_started": over(working, "streamed copy"),
         "peak_anonymous_gib_over_import_baseline": {name: round(max(values), 3) for name, values in memory.items()},
-        "baseline_gib_of_one_process": {name: round(value / 2**30, 3) for name, value in bare.items()},
+        "baseline_gib_of_one_process": {name: round(value / 2**30, 3) for name, (_, value) in bare.items()},
     }
+
+
+def rounded(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Round for the result."""
+    return {name: [round(value, 2) for value in values] for name, values in seconds.items()}
+
+
+def over(seconds: dict[str, float], copy: str) -> dict[str, float]:
+    """Return how many times as fast as a copy each other side is."""
+    return {name: round(seconds[copy] / value, 3) for name, value in seconds.items() if name != copy}
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 __all__ = ["CHUNK_BYTES", "row_ranges"]
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 32 << 20
 """Largest chunk: what a conversion holds at once, some times over, in each of its processes."""
 
 
