@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -14,18 +15,21 @@ Item = TypeVar("Item")
 Part = TypeVar("Part")
 
 
-def read_ahead(items: Iterable[Item], read: Callable[[Item], Part]) -> Generator[tuple[Item, Part], None, None]:
-    """Yield each item with what is read for it, one part ahead; an error is raised where its item stands.
+def read_ahead(
+    items: Iterable[Item], read: Callable[[Item], Part], *, ahead: int = 2
+) -> Generator[tuple[Item, Part], None, None]:
+    """Yield each item with what is read for it; an error is raised where its item stands.
 
-    Memory: one part more. `read` runs in one thread, in the order of the items.
+    Memory: `ahead` parts more. `read` runs in one thread, in the order of the items.
     """
     # A thread has its own number of OpenMP threads, and a forked process must start none.
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as pool:
-        before = None
+        pending: deque[tuple[Item, Future[Part]]] = deque()
         for item in items:
-            after = (item, pool.submit(read, item))
-            if before is not None:
-                yield before[0], before[1].result()
-            before = after
-        if before is not None:
-            yield before[0], before[1].result()
+            pending.append((item, pool.submit(read, item)))
+            if len(pending) > ahead:
+                first, future = pending.popleft()
+                yield first, future.result()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
