@@ -181,22 +181,40 @@ def test_sixteen_copies_contradict_those_of_twelve_and_of_twenty_four() -> None:
     assert others[len(others) // 2] > 15 and min(rates[12]) > 15 and min(rates[24]) > 15
 
 
-def test_one_row_and_one_constant_predict_the_bubble() -> None:
-    """From the smallest batch alone, and without the other constants: the others of that table, and BLOOM."""
-    run = BY_NAME["182B GBS512"]
+def with_one_constant(run: PublishedRun) -> Cluster:
+    """Return the cluster with the share of peak that products reach solved on one row, and nothing else calibrated."""
     bare = JEAN_ZAY.model_copy(update={"launch_ms_per_layer": 0.0, "hop_ms": NVLINK_HOP_MS, "ring_fraction": 0.5})
     low, high = 0.3, 1.0
     for _ in range(30):
         middle = (low + high) / 2
         off = off_by(run, bare.model_copy(update={"matmul_fraction": middle}))
         low, high = (low, middle) if off < 0 else (middle, high)
-    cluster = bare.model_copy(update={"matmul_fraction": low})
+    return bare.model_copy(update={"matmul_fraction": low})
+
+
+def test_one_row_and_one_constant_predict_the_bubble() -> None:
+    """From the smallest batch alone, and without the other constants: the others of that table, and BLOOM."""
+    run = BY_NAME["182B GBS512"]
+    cluster = with_one_constant(run)
     for name in ("182B GBS1024", "182B GBS1536", "182B GBS2048"):
         assert abs(off_by(BY_NAME[name], cluster)) < 0.005, name
     # The published fit of these rows is 0.742 s (m + 11) + 3.87 s: slope and constant, predicted.
     slope = (seconds(BY_NAME["182B GBS2048"], cluster) - seconds(run, cluster)) / (128 - 32)
     assert slope == pytest.approx(0.742, rel=0.005)
     assert abs(off_by(BLOOM, cluster)) < 0.02
+
+
+def test_bloom_alone_predicts_most_rows() -> None:
+    """One row, one constant: of 69 other rows 48 within 5 %, the four batch sizes and the smallest batch among them.
+
+    What the four other constants are for is seen too: TP8 is 12 % too fast without a time for each sum's hops.
+    """
+    cluster = with_one_constant(BLOOM)
+    within = [run.name for run in RUNS if run is not BLOOM and abs(off_by(run, cluster)) < 0.05]
+    assert len(within) >= 48 and len(RUNS) == 70
+    named = ["182B GBS512", "182B GBS1024", "182B GBS1536", "182B GBS2048", "BLOOM, first steps", "176B 64 heads"]
+    assert set(named) <= set(within)
+    assert off_by(BY_NAME["176B TP8"], cluster) == pytest.approx(-0.12, abs=0.01)
 
 
 @pytest.mark.parametrize("run", FIRST_STEPS, ids=lambda run: run.name)
