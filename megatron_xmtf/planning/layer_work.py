@@ -4,7 +4,7 @@
     bytes of half precision (twice as many in fp32, but for masks)
                                  kept for the backward pass             traffic forward    backward
     each of two norms            its input                  2 sbh             4 sbh          10 sbh
-    each of two residuals        dropout's mask             1 sbh             7 sbh          13 sbh
+    each of two residuals        dropout's mask, unfused    1 sbh             7 sbh          13 sbh
     inputs of QKV and of fc1                            2 x 2 sbh
     QKV, and attention's output                       6 + 2 sbi / t         4 sbi / t       10 sbi / t
     scores (unfused)                                    5 a s^2 b / t      13 as^2b / t    19 as^2b / t
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_xmtf.models.architecture import Architecture, BloomArchitecture
-from megatron_xmtf.planning.layout import AttentionKind, Layout
+from megatron_xmtf.planning.layout import AttentionKind, Layout, ResidualKind
 from megatron_xmtf.planning.model_shape import LayerKind, layer_matrices
 
 __all__ = ["SCORES", "LayerWork", "ScoreBytes", "WorkKey", "layer_work", "work_key"]
@@ -125,7 +125,7 @@ def layer_work(architecture: Architecture, kind: LayerKind, layout: WorkKey) -> 
     # A gate keeps its own activation beside the product.
     activated = own * (first + (ffn if first == ffn else 2 * ffn)) / tp
     kept = (
-        hidden_tokens * sublayers * (2 * number + (1 if layout.dropout else 0))
+        hidden_tokens * sublayers * (2 * number + (1 if layout.dropout and layout.residual == "reference" else 0))
         + (attended + activated) * number
         + score_kept  # what enters cross-attention is kept once for all layers; `memory_model` counts it
     )
@@ -162,6 +162,7 @@ class WorkKey:
     number_bytes: int
     attention: AttentionKind
     dropout: bool
+    residual: ResidualKind
     position_bytes: float
 
 
@@ -175,5 +176,6 @@ def work_key(layout: Layout) -> WorkKey:
         number_bytes=layout.number_bytes,
         attention=layout.attention,
         dropout=layout.dropout,
+        residual=layout.residual,
         position_bytes=layout.engine.position_bytes,
     )

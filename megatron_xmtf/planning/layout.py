@@ -11,13 +11,15 @@ from megatron_xmtf.config.schema import RunConfig
 from megatron_xmtf.errors import ConfigError
 from megatron_xmtf.planning.engine import MEGATRON_CORE, Engine
 
-__all__ = ["AttentionKind", "HeadKind", "Layout", "attention_of", "check_batch", "head_of", "layout_of"]
+__all__ = ["AttentionKind", "HeadKind", "Layout", "ResidualKind", "attention_of", "check_batch", "head_of", "layout_of"]
 
 AttentionKind = Literal["unfused", "reference", "sdpa", "fused"]
 """unfused: Megatron's fused softmax between two products, scores in half precision (the published rows). reference: our
 readable one, scores in fp32. sdpa: torch's, with a dense fp32 bias. fused: no scores in memory."""
 HeadKind = Literal["reference", "chunked", "fused"]
 """What is done to logits around the products: in plain torch, or in two Triton kernels."""
+ResidualKind = Literal["reference", "fused"]
+"""How a layer's output is added to its residual: in plain torch, which keeps dropout's mask, or in one kernel."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Layout:
     attention: AttentionKind = "reference"
     head: HeadKind = "fused"
     dropout: bool = False
+    residual: ResidualKind = "reference"
     loss_fraction: float = 1.0
     """Part of the positions that have a loss: the output layer is computed for these alone."""
     fuses_weight_gradient: bool = False
@@ -157,6 +160,7 @@ def base_layout(
         attention=attention or attention_of(config),
         head=head_of(config),
         dropout=bool(dropout.hidden_dropout or dropout.attention_dropout),
+        residual="reference" if config.kernels.bias_dropout_add == "reference" else "fused",
         loss_fraction=loss_fraction,
         fuses_weight_gradient=config.kernels.weight_gradient == "apex",
     )

@@ -48,7 +48,15 @@ def test_a_layer_keeps_what_is_published(chosen: Layout, wanted: float) -> None:
     work = layer_work(GPT3, "causal", work_key(chosen))
     assert work.kept_bytes == pytest.approx(wanted)
     assert work.kept_bytes - work.kept_score_bytes == pytest.approx(wanted - 5 * A * S * SBH / H / chosen.tp)
-    assert work.input_bytes == pytest.approx(2 * SBH / (8 if chosen.parallel.sequence_parallel else 1))
+    split = 8 if chosen.parallel.sequence_parallel else 1
+    assert work.input_bytes == pytest.approx(2 * SBH / split)
+    # One kernel for bias, dropout and residual draws dropout again: two masks of a byte less.
+    fused = layer_work(GPT3, "causal", work_key(replace(chosen, residual="fused")))
+    assert work.kept_bytes - fused.kept_bytes == pytest.approx(2 * SBH / split)
+    plain = replace(chosen, dropout=False)
+    assert layer_work(GPT3, "causal", work_key(plain)).kept_bytes == pytest.approx(
+        layer_work(GPT3, "causal", work_key(replace(plain, residual="fused"))).kept_bytes
+    )
 
 
 def test_gpt3s_scores_are_80_and_530bs_64() -> None:
