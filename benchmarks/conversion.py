@@ -58,14 +58,14 @@ for path in sorted(source.glob("*.safetensors")):
 STREAMED_COPY = """
 import os, sys
 from pathlib import Path
-from megatron_xmtf.streamed_io import BLOCK_BYTES, read_once, write_once
+from megatron_xmtf.streamed_io import BLOCK_BYTES, OnceReader, write_once
 source, target = map(Path, sys.argv[1:3])
 target.mkdir()
 block = memoryview(bytearray(BLOCK_BYTES))
 for path in sorted(source.glob("*.safetensors")):
     with open(path, "rb", buffering=0) as read, open(target / path.name, "wb", buffering=0) as write:
-        place = 0
-        while count := read_once(read.fileno(), block, place):
+        place, reader = 0, OnceReader(read.fileno())
+        while count := reader.read_into(block, place):
             write_once(write.fileno(), block[:count], place)
             place += count
         os.fsync(write.fileno())

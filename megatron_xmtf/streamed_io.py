@@ -14,13 +14,13 @@ from __future__ import annotations
 import errno
 import os
 
-__all__ = ["BLOCK_BYTES", "read_once", "write_once"]
+__all__ = ["BLOCK_BYTES", "KEPT_BYTES", "OnceReader", "write_once"]
 
 BLOCK_BYTES = 8 << 20
 """What is handed to the system at a time."""
+KEPT_BYTES = 2 << 20
+"""Largest piece in which Linux caches a file, at places that are multiples of it."""
 PAGE_BYTES = 4096
-SMALL_BYTES = 1 << 20
-"""Less is read as usual: its pages hold its neighbours, which are read next."""
 BEHIND_BYTES = 8 * BLOCK_BYTES
 """Without RWF_DONTCACHE: how far behind the place of writing pages are looked at again, by then clean."""
 RWF_DONTCACHE = 0x80
@@ -30,19 +30,42 @@ _refusing: set[int] = set()
 """Devices whose file system does not know RWF_DONTCACHE, or all with a kernel that does not."""
 
 
-def read_once(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """Fill a buffer from a place of a file; return the bytes read, fewer than asked for only at the file's end.
+class OnceReader:
+    """Parts of an opened file, each byte read once, as a rule in the order of the file.
 
-    Args:  buffer: of bytes, writable.
+    The system is asked for whole blocks: a block that is used in part would leave the cache, and be read again for the
+    part that follows it. What a part leaves of its last block is kept here.
     """
-    done = 0
-    while done < len(buffer):
-        part = buffer[done : done + BLOCK_BYTES]
-        count = _read(descriptor, part, offset + done)
-        if not count:
-            break
-        done += count
-    return done
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._kept = memoryview(bytearray(KEPT_BYTES))
+        self._place, self._length = 0, 0
+        """Of the bytes kept."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fill a buffer of bytes from a place of the file; return the bytes read, fewer only at the file's end."""
+        done = 0
+        while done < len(buffer):
+            place = offset + done
+            if self._place <= place < self._place + self._length:
+                part = self._kept[place - self._place : self._length][: len(buffer) - done]
+                buffer[done : done + len(part)] = part
+                done += len(part)
+                continue
+            left = len(buffer) - done
+            if place % KEPT_BYTES or left < KEPT_BYTES:
+                self._place = place - place % KEPT_BYTES
+                self._length = _read_all(self._descriptor, self._kept, self._place)
+                if self._place + self._length <= place:
+                    break
+                continue
+            count = min(left - left % KEPT_BYTES, BLOCK_BYTES - place % BLOCK_BYTES)
+            read = _read_all(self._descriptor, buffer[done : done + count], place)
+            done += read
+            if read < count:
+                break
+        return done
 
 
 def write_once(descriptor: int, data: memoryview, offset: int) -> None:
@@ -62,9 +85,15 @@ def write_once(descriptor: int, data: memoryview, offset: int) -> None:
             done += _write(descriptor, part[:whole], place)
 
 
+def _read_all(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Fill a buffer; return the bytes read, fewer only at the file's end."""
+    done = 0
+    while done < len(buffer) and (count := _read(descriptor, buffer[done:], offset + done)):
+        done += count
+    return done
+
+
 def _read(descriptor: int, part: memoryview, offset: int) -> int:
-    if len(part) < SMALL_BYTES:
-        return os.preadv(descriptor, [part], offset)
     if _may_pass(descriptor):
         try:
             return os.preadv(descriptor, [part], offset, RWF_DONTCACHE)

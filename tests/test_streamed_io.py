@@ -17,7 +17,7 @@ import pytest
 from megatron_xmtf import streamed_io
 from megatron_xmtf.checkpoint.hashed_reading import HashedReading
 from megatron_xmtf.read_ahead import read_ahead
-from megatron_xmtf.streamed_io import read_once, write_once
+from megatron_xmtf.streamed_io import KEPT_BYTES, OnceReader, write_once
 
 MIB = 1 << 20
 
@@ -76,10 +76,11 @@ def test_bytes_are_written_where_they_belong_and_read_back(way: str, data: bytes
     assert path.read_bytes() == expected
     found = bytearray(len(data) + 10)
     with open(path, "rb") as stream:
-        assert read_once(stream.fileno(), memoryview(found)[: len(data)], first) == len(data)
+        reader = OnceReader(stream.fileno())
+        assert reader.read_into(memoryview(found)[: len(data)], first) == len(data)
         assert found == data + bytes(10)
-        assert read_once(stream.fileno(), memoryview(found), len(expected) - 5) == 5, "the file ends there"
-        assert read_once(stream.fileno(), memoryview(found), len(expected) + 5) == 0
+        assert reader.read_into(memoryview(found), len(expected) - 5) == 5, "the file ends there"
+        assert reader.read_into(memoryview(found), len(expected) + 5) == 0
 
 
 def test_what_passes_leaves_the_cache(way: str, data: bytes, tmp_path: Path) -> None:
@@ -92,10 +93,39 @@ def test_what_passes_leaves_the_cache(way: str, data: bytes, tmp_path: Path) -> 
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         if pages_in_cache(path):
             pytest.skip("this file system keeps its files in memory")
-    read_once(descriptor, memoryview(bytearray(len(data))), 0)
+    OnceReader(descriptor).read_into(memoryview(bytearray(len(data))), 0)
     os.close(descriptor)
     pages = len(data) // 4096
     assert pages_in_cache(path) > 0.9 * pages if way == "neither" else pages_in_cache(path) < 0.5 * pages
+
+
+def test_parts_of_any_length_take_each_byte_from_the_system_once(
+    way: str, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other; another order is right too."""
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    taken, plain = [0], os.preadv
+
+    def count(*words: Any) -> int:
+        read = plain(*words)
+        taken[0] += read
+        return read
+
+    monkeypatch.setattr(os, "preadv", count)
+    lengths, place = random.Random(3), 0
+    with open(path, "rb", buffering=0) as stream:
+        reader = OnceReader(stream.fileno())
+        while place < len(data):
+            part = bytearray(min(lengths.choice([1, 5, 4096, 70_001, 3 * MIB + 5, 9 * MIB]), len(data) - place))
+            assert reader.read_into(memoryview(part), place) == len(part)
+            assert part == data[place : place + len(part)]
+            place += len(part)
+        assert taken == [len(data)]
+        for place in (7 * MIB + 1, 3, len(data) - 9, KEPT_BYTES - 1, KEPT_BYTES, 0):
+            part = bytearray(9)
+            assert reader.read_into(memoryview(part), place) == 9
+            assert part == data[place : place + 9]
 
 
 def test_a_file_system_that_refuses_the_flag_is_asked_once(data: bytes, tmp_path: Path, way: str) -> None:

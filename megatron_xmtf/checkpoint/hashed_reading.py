@@ -13,7 +13,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from megatron_xmtf.streamed_io import read_once
+from megatron_xmtf.streamed_io import KEPT_BYTES, OnceReader
 
 __all__ = ["HashedReading"]
 
@@ -26,22 +26,25 @@ class HashedReading:
 
     def __init__(self, path: Path) -> None:
         self._stream = open(path, "rb", buffering=0)
+        self._reader = OnceReader(self._stream.fileno())
         self._digest = hashlib.sha256()
         self._hashed = 0
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Fill a buffer of bytes from a place of the file; return the bytes read, fewer only at the file's end."""
         if offset < self._hashed:
-            return read_once(self._stream.fileno(), buffer, offset)
+            return self._reader.read_into(buffer, offset)
         self._hash_to(offset)
-        for begin in range(0, len(buffer), PIECE_BYTES):
-            piece = buffer[begin : begin + PIECE_BYTES]
-            count = read_once(self._stream.fileno(), piece, offset + begin)
+        done = 0
+        while done < len(buffer):
+            # Up to places that the reader asks the system for, whose bytes then come straight into the buffer.
+            piece = buffer[done : done + PIECE_BYTES - (offset + done) % PIECE_BYTES]
+            count = self._reader.read_into(piece, offset + done)
             self._digest.update(piece[:count])
-            self._hashed += count
+            self._hashed, done = self._hashed + count, done + count
             if count < len(piece):
-                return begin + count
-        return len(buffer)
+                break
+        return done
 
     def finish(self) -> str:
         """Hash what is left, close the file, and return the hexadecimal SHA-256 of all of it."""
@@ -54,9 +57,16 @@ class HashedReading:
         self._stream.close()
 
     def _hash_to(self, end: int | None) -> None:
-        """Hash up to a byte of the file, or to its end. These bytes stay in the cache: they may be asked for later."""
+        """Hash up to a byte of the file, or to its end; many bytes stay in the cache, they may be asked for later."""
         left = (os.fstat(self._stream.fileno()).st_size if end is None else end) - self._hashed
         piece = memoryview(bytearray(max(0, min(left, PIECE_BYTES))))
-        while left > 0 and (count := os.preadv(self._stream.fileno(), [piece[:left]], self._hashed)):
-            self._digest.update(piece[:count])
+        while left > 0:
+            wanted = piece[:left]
+            if left < KEPT_BYTES:
+                count = self._reader.read_into(wanted, self._hashed)
+            else:
+                count = os.preadv(self._stream.fileno(), [wanted], self._hashed)
+            if not count:
+                return
+            self._digest.update(wanted[:count])
             self._hashed, left = self._hashed + count, left - count

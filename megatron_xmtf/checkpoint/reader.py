@@ -30,7 +30,7 @@ from megatron_xmtf.checkpoint.safe_read import COMMON_NAME, read_metadata
 from megatron_xmtf.checkpoint.stored_chunk import ReadInto, StoredChunk, load_restricted
 from megatron_xmtf.errors import CorruptCheckpointError
 from megatron_xmtf.files import require_file
-from megatron_xmtf.streamed_io import read_once
+from megatron_xmtf.streamed_io import OnceReader
 
 __all__ = ["CheckpointReader", "StoredTensor", "check_safe"]
 
@@ -81,6 +81,7 @@ class CheckpointReader:
         self._found: dict[MetadataIndex, StoredChunk] = {}
         self._name: str | None = None
         self._stream: IO[bytes] | None = None
+        self._reader: OnceReader | None = None
         self._hashed: dict[str, HashedReading] = {}
 
     def __enter__(self) -> CheckpointReader:
@@ -164,13 +165,13 @@ class CheckpointReader:
         stored = self.tensors[key]
         return math.prod(stored.shape[1:]) * stored.dtype.itemsize
 
-    def first_place(self, key: str) -> tuple[str, int]:
-        """Return file and byte of a tensor's first chunk, to read tensors in the order of the disk; ("", 0): none."""
+    def first_place(self, key: str) -> tuple[int, str, int]:
+        """Return what sorts tensors as the disk has them: file, __0_9 before __0_10, and byte of the first chunk."""
         entry = self.metadata.state_dict_metadata.get(key)
         if not isinstance(entry, TensorStorageMetadata) or not entry.chunks:
-            return "", 0
+            return 0, "", 0
         place = self.metadata.storage_data[MetadataIndex(key, entry.chunks[0].offsets)]
-        return place.relative_path, place.offset
+        return len(place.relative_path), place.relative_path, place.offset
 
     def files_of(self, key: str, rows: tuple[int, int]) -> list[str]:
         """Return the names of the files that hold rows [first, last) of a tensor; a scalar is one row."""
@@ -228,7 +229,7 @@ class CheckpointReader:
         """Return how the numbers of a file's tensors are read."""
         if name in self._hashed:
             return self._hashed[name].read_into
-        return partial(read_once if self._once else _read, stream.fileno())
+        return partial(_read, stream.fileno()) if self._reader is None else self._reader.read_into
 
     def _open(self, index: MetadataIndex) -> Any:
         """Return the file that holds a chunk, opened; the last one stays open."""
@@ -237,6 +238,7 @@ class CheckpointReader:
             if self._stream is not None:
                 self._stream.close()
             self._stream, self._name = open(self.directory / name, "rb"), name
+            self._reader = OnceReader(self._stream.fileno()) if self._once else None
         assert isinstance(self._stream, io.IOBase), "a stream opened by `open`"
         return self._stream
 

@@ -51,6 +51,7 @@ class ExportPlan:
     checkpoint: Path
     directory: Path
     parameters: Sequence[MatchedParameter]
+    """In the order in which the checkpoint's files hold them."""
     files: Sequence[SafetensorsFile]
     types: Mapping[str, torch.dtype]
     """Hugging Face name -> type to write."""
@@ -178,7 +179,8 @@ def _cut(plan: ExportPlan) -> Iterator[Rows]:
             for first, last in parameter.row_ranges(row_bytes, chunk_bytes=CHUNK_BYTES):
                 part = (number, first, last)
                 files, size = _files_of(plan, reader, part), _bytes(plan, *part)
-                if rows and filled + size > (MOST_BYTES if held.intersection(files) else enough):
+                goes_on = bool(held.intersection(files))
+                if rows and (filled + size > MOST_BYTES if goes_on else 2 * filled > enough):
                     yield tuple(rows)
                     rows, filled, held = [], 0, set()
                 rows.append(part)

@@ -83,12 +83,18 @@ class HuggingFaceSource(TensorSource):
         self.model = HuggingFaceModel(directory)
         self.architecture = model_architecture(self.model)
         # Copies of the embedding are compared once, by `import_huggingface`, and not in every process.
-        self.parameters = {parameter.ours: parameter for parameter in match_model(self.model, copies=False)}
+        matched = match_model(self.model, copies=False)
+        self.parameters = {parameter.ours: parameter for parameter in sorted(matched, key=self._place)}
         self.tensors = [
             matched_tensor(parameter, dtype or _stored_dtype(self.model, parameter))
             for parameter in self.parameters.values()
         ]
         self._types = {tensor.name: tensor.dtype for tensor in self.tensors}
+
+    def _place(self, parameter: MatchedParameter) -> tuple[str, int]:
+        """Return file and byte where a parameter begins, so that files are read from their beginning to their end."""
+        first = self.model.tensors[parameter.hf[0]]
+        return str(first.path), first.offset or 0
 
     @property
     def files(self) -> list[Path]:

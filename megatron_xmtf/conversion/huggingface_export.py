@@ -95,6 +95,7 @@ def export_huggingface(
     mapping = mapping_of(architecture_from_mapping(manifest.architecture))
     with CheckpointReader(checkpoint) as reader:
         parameters = match_checkpoint(reader, manifest)
+        in_place = sorted(parameters, key=lambda parameter: reader.first_place(parameter.ours))
         types = {
             name: dtype or reader.tensors[parameter.ours].dtype for parameter in parameters for name in parameter.hf
         }
@@ -117,7 +118,7 @@ def export_huggingface(
         "files": {file.name: file.bytes for file in files},
     }
     with disk_errors(output), working_directory(output, key=key, restart=restart) as directory:
-        plan = ExportPlan(checkpoint, directory.path, parameters, files, types, repeated, manifest if verify else None)
+        plan = ExportPlan(checkpoint, directory.path, in_place, files, types, repeated, manifest if verify else None)
         write_weights(plan, directory, key=key, workers=workers)
         copy_side_files(checkpoint / "hf", directory.path)
         _write_config(directory.path, name, architecture_class=mapping.architecture_class, prefix_lm=prefix_lm)

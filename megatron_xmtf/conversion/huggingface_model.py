@@ -26,7 +26,7 @@ from megatron_xmtf.conversion.safetensors_file import DTYPES, read_header
 from megatron_xmtf.conversion.torch_file import is_archive, open_torch_file
 from megatron_xmtf.errors import CheckpointError, ConfigError, CorruptCheckpointError, MissingError
 from megatron_xmtf.files import read_json, require_directory, require_file, safe_child
-from megatron_xmtf.streamed_io import read_once
+from megatron_xmtf.streamed_io import OnceReader
 
 __all__ = ["SIDE_FILES", "HuggingFaceModel", "HuggingFaceTensor", "check_side_files", "copy_side_files"]
 
@@ -79,7 +79,7 @@ class HuggingFaceModel:
         self.directory = require_directory(directory)
         self.config = read_config(self.directory)
         self._pickled: dict[Path, dict[str, torch.Tensor]] = {}
-        self._open: tuple[Path, IO[bytes]] | None = None
+        self._open: tuple[Path, IO[bytes], OnceReader] | None = None
         self.listing = self._find_listing()
         """What names its tensors: the index, or the one file of weights."""
         self.tensors = self._list_tensors()
@@ -115,7 +115,7 @@ class HuggingFaceModel:
         row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
         data = torch.empty((last - first) * row_bytes, dtype=torch.uint8)
         try:
-            count = read_once(self._stream(tensor.path).fileno(), data.numpy().data, tensor.offset + first * row_bytes)
+            count = self._reader(tensor.path).read_into(data.numpy().data, tensor.offset + first * row_bytes)
         except OSError as error:
             raise CorruptCheckpointError(f"{tensor.path}: {name} cannot be read: {error}.") from error
         if count < len(data):
@@ -128,12 +128,13 @@ class HuggingFaceModel:
         """Whether a file of weights holds checksums: a pickle in an archive does, a safetensors file does not."""
         return path in self._pickled and is_archive(path)
 
-    def _stream(self, path: Path) -> IO[bytes]:
-        """Return a file of weights, opened; the last one stays open."""
+    def _reader(self, path: Path) -> OnceReader:
+        """Open a file of weights; the last one stays open."""
         if self._open is None or self._open[0] != path:
             self._close_file()
-            self._open = (path, open(path, "rb", buffering=0))
-        return self._open[1]
+            stream = open(path, "rb", buffering=0)
+            self._open = (path, stream, OnceReader(stream.fileno()))
+        return self._open[2]
 
     def _find_listing(self) -> Path:
         for stem in ("model.safetensors", "pytorch_model.bin"):
