@@ -85,7 +85,10 @@ def chunk_time(architecture: Architecture, chunk: ChunkShape, layout: Layout, cl
     ]
     if chunk.embeds:
         is_tied = isinstance(architecture, BloomArchitecture) or architecture.tied_head
-        parts.append((1, _embedding_time(architecture, layout, cluster, joins_head=chunk.answers and is_tied)))
+        # Our own heads add their gradient to the sum themselves.
+        by_autograd = layout.engine.keeps_logits or layout.head == "reference"
+        joins_head = chunk.answers and is_tied and by_autograd
+        parts.append((1, _embedding_time(architecture, layout, cluster, joins_head=joins_head)))
     if chunk.answers:
         parts.append((1, _head_time(architecture, layout, cluster)))
     return add_times(*parts)
