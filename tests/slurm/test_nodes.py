@@ -33,7 +33,13 @@ def test_a_node_that_dies_is_replaced(submit: Submit, cluster: VirtualCluster, t
     assert decisions(tmp_path / "run")[-1] == ("done", 0)
 
 
-@pytest.mark.parametrize("partition", ["low", "brief"], ids=["PreemptMode=REQUEUE", "PreemptMode=CANCEL"])
+@pytest.mark.parametrize(
+    "partition",
+    [
+        pytest.param("low", id="PreemptMode=REQUEUE"),
+        pytest.param("brief", id="PreemptMode=CANCEL", marks=pytest.mark.slow),
+    ],
+)
 def test_a_preempted_run_saves_and_comes_back(
     partition: str, submit: Submit, cluster: VirtualCluster, tmp_path: Path
 ) -> None:

@@ -126,6 +126,7 @@ def layouts_with_and_without_a_gpu() -> tuple[dict[str, int], dict[str, int]]:
         return on_cpu, current_layout()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_gpu_is_taken_up_without_its_rng_states(
     tiny_hf: Path, run_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,7 +113,14 @@ KERNELS = {
 """The readable ones, and our own in Triton (interpreted where there is no GPU)."""
 
 
-@pytest.mark.parametrize(("kernels", "name"), [("reference", "TP1"), ("reference", "TP2-SP"), ("fused", "TP2-SP")])
+@pytest.mark.parametrize(
+    ("kernels", "name"),
+    [
+        pytest.param("reference", "TP1", marks=pytest.mark.slow),
+        ("reference", "TP2-SP"),
+        ("fused", "TP2-SP"),
+    ],
+)
 def test_kernels_by_name_give_the_gradients_of_transformers(
     kernels: str, name: str, tiny_hf: Path, run_config: Callable[..., RunConfig]
 ) -> None:
