@@ -55,7 +55,7 @@ lint: setup
 
 # Two halves beside each other: most tests wait for processes of their own, and one after the other they take half as
 # long again. The second one's output comes when both are done.
-FIRST_HALF ?= tests/training tests/checkpoint tests/models tests/parallel
+FIRST_HALF ?= tests/training tests/checkpoint tests/models
 SECOND_HALF ?= tests $(addprefix --ignore=,$(FIRST_HALF))
 SECOND_LOG := $(VENV)/tests_of_the_second_half.log
 
