@@ -15,12 +15,10 @@ import importlib
 import logging
 from typing import Literal, Protocol
 
-import torch
 from torch import Tensor
 
-from megatron_xmtf.errors import ConfigError
 from megatron_xmtf.kernels.bias_dropout_add import reference
-from megatron_xmtf.kernels.segment_attention.available import why_not_fused
+from megatron_xmtf.kernels.segment_attention.available import fused_or
 
 __all__ = ["BiasDropoutAdd", "choose_bias_dropout_add"]
 
@@ -42,15 +40,8 @@ def choose_bias_dropout_add(
     Args:    device: None: where this machine computes, a GPU if it has one.
     Raises:  ConfigError: the wish cannot be met.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    obstacle, why = why_not_fused(device=device), ""
-    name: str = wish
-    if wish == "auto":
-        name = "fused" if device == "cuda" and obstacle is None else "reference"
-        why = f", not fused: {obstacle}" if device == "cuda" and obstacle is not None else ""
-    if name == "fused" and obstacle is not None:
-        raise ConfigError(f"kernels.bias_dropout_add=fused cannot run: {obstacle}. Use auto or reference.")
-    logger.info("bias, dropout and residual: %s%s", name, why)
+    name, why = fused_or("reference", wish=wish, key="bias_dropout_add", device=device)
+    logger.info("bias, dropout and residual: %s%s", name, f", not fused: {why}" if why else "")
     if name == "reference":
         return reference.bias_dropout_add
     fused: BiasDropoutAdd = importlib.import_module("megatron_xmtf.kernels.bias_dropout_add.fused").bias_dropout_add

@@ -12,13 +12,11 @@ import importlib
 import logging
 from typing import Literal, Protocol
 
-import torch
 from torch import Tensor
 
-from megatron_xmtf.errors import ConfigError
 from megatron_xmtf.kernels.head_loss import chunked, reference
 from megatron_xmtf.kernels.head_loss.chunked import VocabularyShard
-from megatron_xmtf.kernels.segment_attention.available import why_not_fused
+from megatron_xmtf.kernels.segment_attention.available import fused_or
 
 __all__ = ["HeadLoss", "choose_head_loss"]
 
@@ -48,15 +46,8 @@ def choose_head_loss(
     Args:    device: None: where this machine computes, a GPU if it has one.
     Raises:  ConfigError: the wish cannot be met.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    obstacle, why = why_not_fused(device=device), ""
-    name: str = wish
-    if wish == "auto":
-        name = "fused" if device == "cuda" and obstacle is None else "chunked"
-        why = f", not fused: {obstacle}" if device == "cuda" and obstacle is not None else ""
-    if name == "fused" and obstacle is not None:
-        raise ConfigError(f"kernels.head_loss=fused cannot run: {obstacle}. Use auto or chunked.")
-    logger.info("head and loss: %s%s", name, why)
+    name, why = fused_or("chunked", wish=wish, key="head_loss", device=device)
+    logger.info("head and loss: %s%s", name, f", not fused: {why}" if why else "")
     if name != "fused":
         return chunked.head_loss if name == "chunked" else reference.head_loss
     fused: HeadLoss = importlib.import_module("megatron_xmtf.kernels.head_loss.fused").head_loss

@@ -9,7 +9,9 @@ from typing import Literal
 
 import torch
 
-__all__ = ["LARGEST_HEAD_DIM", "is_interpreted", "why_not_fused"]
+from megatron_xmtf.errors import ConfigError
+
+__all__ = ["LARGEST_HEAD_DIM", "fused_or", "is_interpreted", "why_not_fused"]
 
 LARGEST_HEAD_DIM = 128
 """Beyond it a block of keys, values and their gradients does not fit the registers of a multiprocessor."""
@@ -22,6 +24,22 @@ COMPILERS = ("gcc", "clang")
 def is_interpreted() -> bool:
     """Return whether Triton runs kernels in Python, on a CPU, a program after the other: for tests alone."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def fused_or(otherwise: str, *, wish: str, key: str, device: Literal["cpu", "cuda"] | None) -> tuple[str, str | None]:
+    """Return the name that a wish comes to, and why it is not `fused` where a GPU would have had that.
+
+    Args:    otherwise: what `auto` means where Triton cannot run. key: of the configuration, for the message. device:
+             None: where this machine computes, a GPU if it has one.
+    Raises:  ConfigError: `fused` was wished for and cannot run.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    obstacle = why_not_fused(device=device)
+    if wish == "auto":
+        return (otherwise, None) if device == "cpu" else ("fused" if obstacle is None else otherwise, obstacle)
+    if wish == "fused" and obstacle is not None:
+        raise ConfigError(f"kernels.{key}=fused cannot run: {obstacle}. Use auto or {otherwise}.")
+    return wish, None
 
 
 def why_not_fused(*, device: Literal["cpu", "cuda"], head_dim: int | None = None) -> str | None:
