@@ -25,6 +25,9 @@ class GroupStepAdam(torch.optim.Optimizer):
     Args:  lr, betas, eps, weight_decay: as torch.optim.AdamW. adam_w_mode: must be True; Megatron-Core passes it.
     """
 
+    has_fused_kernel = True
+    """Whether one kernel does the whole update of a tensor."""
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -36,8 +39,6 @@ class GroupStepAdam(torch.optim.Optimizer):
     ) -> None:
         assert adam_w_mode, "only decoupled weight decay is offered"
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
-
-    has_fused_kernel = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
