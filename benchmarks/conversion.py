@@ -17,7 +17,7 @@ A virtual machine pays for the first touch of each page that its host has taken 
 side as much memory as it may want is touched and freed, so that none does (the copy through the cache gains most).
 
 Memory is anonymous memory summed over the processes of a side (pages of mapped files belong to the page cache), sampled
-every 20 ms, less that of the same command when it has imported what it needs and not begun.
+every 50 ms, less that of the same command when it has imported what it needs and not begun.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SMALL = {"hidden_size": 2048, "n_layer": 16, "n_head": 16, "vocab_size": 250_880
 SLICE = {"hidden_size": 14_336, "n_layer": 2, "n_head": 112, "vocab_size": 250_880}
 WHOLE_176B_BYTES = 2 * 176_247_271_424
 BLOCK = 64 << 20
-SAMPLE_SECONDS = 0.02
+SAMPLE_SECONDS = 0.05
 
 COPY = """
 import os, sys

@@ -1,25 +1,33 @@
 """Read and write large files once, without filling the system's cache with them.
 
-    Linux from 6.14    RWF_DONTCACHE: a page leaves when it has been used, unless it was there before
-    other Linux        posix_fadvise(DONTNEED) behind what was used: flushes what is dirty, lets go of what is clean
-    elsewhere          as usual
+    reading    small pieces out of what the system reads ahead; behind them it is told to let go (posix_fadvise)
+    writing    RWF_DONTCACHE, Linux from 6.14: pages go to the disk at once and leave; elsewhere posix_fadvise behind
 
 A conversion uses each byte of its files once. Kept in the cache they would push out what others need, and finding pages
 for them costs more than the copy itself where memory is full or, in a virtual machine, not yet the guest's. Writing
 begins at once, so that the flush at the end has little left to wait for.
+
+A piece that was just read is in its core's own cache: hashed there it takes half as long as out of memory.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
+from pathlib import Path
 
-__all__ = ["BLOCK_BYTES", "KEPT_BYTES", "OnceReader", "write_once"]
+__all__ = ["BLOCK_BYTES", "PIECE_BYTES", "OnceReader", "SeePiece", "write_once"]
+
+SeePiece = Callable[[memoryview], object]
+"""Is shown each piece that was read, while it is in the processor's cache: all of them together are what was read."""
 
 BLOCK_BYTES = 8 << 20
-"""What is handed to the system at a time."""
-KEPT_BYTES = 2 << 20
-"""Largest piece in which Linux caches a file, at places that are multiples of it."""
+"""What is written at a time, and what the system lets go of at a time behind a reader."""
+PIECE_BYTES = 1 << 18
+"""What is read at a time: several of it fit into a core's cache."""
+FOLIO_BYTES = 2 << 20
+"""Largest piece in which Linux caches a file, at places that are multiples of it; it lets go of whole ones."""
 PAGE_BYTES = 4096
 BEHIND_BYTES = 8 * BLOCK_BYTES
 """Without RWF_DONTCACHE: how far behind the place of writing pages are looked at again, by then clean."""
@@ -31,78 +39,78 @@ _refusing: set[int] = set()
 
 
 class OnceReader:
-    """Parts of an opened file, each byte read once, as a rule in the order of the file.
-
-    The system is asked for whole blocks: a block that is used in part would leave the cache, and be read again for the
-    part that follows it. What a part leaves of its last block is kept here.
-    """
+    """Parts of an opened file, as a rule in its order; what was read leaves the cache, on `close` the rest of it."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._kept = memoryview(bytearray(KEPT_BYTES))
-        self._place, self._length = 0, 0
-        """Of the bytes kept."""
+        self._first = self._place = 0
+        """Bytes [first, place) were read and are still in the cache."""
+        self._asks, self._asked = not _reads_far_ahead(descriptor), 0
+        """Whether the system is asked for the next bytes, and up to where it was."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Fill a buffer of bytes from a place of the file; return the bytes read, fewer only at the file's end."""
+    def read_into(self, buffer: memoryview, offset: int, see: SeePiece | None = None) -> int:
+        """Fill a buffer of bytes from a place of the file; return the bytes read, fewer only at the file's end.
+
+        Args:  see: is shown the bytes, but for a last piece that the file's end cuts off.
+        """
         done = 0
         while done < len(buffer):
-            place = offset + done
-            if self._place <= place < self._place + self._length:
-                part = self._kept[place - self._place : self._length][: len(buffer) - done]
-                buffer[done : done + len(part)] = part
-                done += len(part)
-                continue
-            left = len(buffer) - done
-            if place % KEPT_BYTES or left < KEPT_BYTES:
-                self._place = place - place % KEPT_BYTES
-                self._length = _read_all(self._descriptor, self._kept, self._place)
-                if self._place + self._length <= place:
-                    break
-                continue
-            count = min(left - left % KEPT_BYTES, BLOCK_BYTES - place % BLOCK_BYTES)
-            read = _read_all(self._descriptor, buffer[done : done + count], place)
-            done += read
-            if read < count:
+            piece = buffer[done : done + PIECE_BYTES]
+            count = self._fill(piece, offset + done)
+            done += count
+            if count < len(piece):
                 break
+            if see is not None:
+                see(piece)
         return done
+
+    def close(self) -> None:
+        """Let go of what was read last; the file is closed by whoever opened it."""
+        self._let_go()
+
+    def _fill(self, piece: memoryview, place: int) -> int:
+        if self._asks:
+            self._ask(place)
+        done = 0
+        while done < len(piece) and (count := os.preadv(self._descriptor, [piece[done:]], place + done)):
+            done += count
+        self._pass(place, done)
+        return done
+
+    def _pass(self, place: int, count: int) -> None:
+        if place != self._place:
+            self._let_go()
+            self._first = place - place % FOLIO_BYTES
+        self._place = place + count
+        if self._place - self._first >= BLOCK_BYTES + FOLIO_BYTES:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        _advise(self._descriptor, self._first, self._place - self._first, "POSIX_FADV_DONTNEED")
+        self._first = self._place - self._place % FOLIO_BYTES
+
+    def _ask(self, place: int) -> None:
+        """Ask for the block behind the next one; at another place than the last for both."""
+        if not self._asked - 2 * BLOCK_BYTES <= place <= self._asked:
+            self._asked = place
+        while self._asked < place + BLOCK_BYTES:
+            _advise(self._descriptor, self._asked, BLOCK_BYTES, "POSIX_FADV_WILLNEED")
+            self._asked += BLOCK_BYTES
 
 
 def write_once(descriptor: int, data: memoryview, offset: int) -> None:
     """Write bytes to a place of a file, and have the system begin to bring them to the disk.
 
-    Pages that are filled in part are written as usual: a neighbour's bytes go to them, before or behind.
+    The last page, if it is filled in part, is written as usual: whoever writes on from there finds it in the cache.
     """
     done = 0
     while done < len(data):
         place = offset + done
-        to_page, to_block = -place % PAGE_BYTES, BLOCK_BYTES - place % BLOCK_BYTES
-        part = data[done : done + (to_page or to_block)]
-        whole = len(part) - (0 if to_page else len(part) % PAGE_BYTES)
-        if to_page or not whole:
-            done += os.pwritev(descriptor, [part], place)
-        else:
-            done += _write(descriptor, part[:whole], place)
-
-
-def _read_all(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """Fill a buffer; return the bytes read, fewer only at the file's end."""
-    done = 0
-    while done < len(buffer) and (count := _read(descriptor, buffer[done:], offset + done)):
-        done += count
-    return done
-
-
-def _read(descriptor: int, part: memoryview, offset: int) -> int:
-    if _may_pass(descriptor):
-        try:
-            return os.preadv(descriptor, [part], offset, RWF_DONTCACHE)
-        except OSError as error:
-            _note_refusal(descriptor, error)
-    _advise(descriptor, offset + len(part), len(part), "POSIX_FADV_WILLNEED")
-    count = os.preadv(descriptor, [part], offset)
-    _advise(descriptor, offset, count, "POSIX_FADV_DONTNEED")
-    return count
+        part = data[done : done + BLOCK_BYTES - place % BLOCK_BYTES]
+        whole = len(part) - (place + len(part)) % PAGE_BYTES
+        done += _write(descriptor, part[:whole], place) if whole > 0 else os.pwritev(descriptor, [part], place)
 
 
 def _write(descriptor: int, part: memoryview, offset: int) -> int:
@@ -115,6 +123,16 @@ def _write(descriptor: int, part: memoryview, offset: int) -> int:
     first = max(0, offset - BEHIND_BYTES)
     _advise(descriptor, first, offset + count - first, "POSIX_FADV_DONTNEED")
     return count
+
+
+def _reads_far_ahead(descriptor: int) -> bool:
+    """Return whether the system reads a block ahead by itself: a network's file system and most disks do not."""
+    device = os.fstat(descriptor).st_dev
+    setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    try:
+        return int(setting.read_text(encoding="ascii")) << 10 >= BLOCK_BYTES
+    except (OSError, ValueError):
+        return False
 
 
 def _may_pass(descriptor: int) -> bool:

@@ -17,7 +17,7 @@ import pytest
 from megatron_xmtf import streamed_io
 from megatron_xmtf.checkpoint.hashed_reading import HashedReading
 from megatron_xmtf.read_ahead import read_ahead
-from megatron_xmtf.streamed_io import KEPT_BYTES, OnceReader, write_once
+from megatron_xmtf.streamed_io import BLOCK_BYTES, FOLIO_BYTES, PIECE_BYTES, OnceReader, write_once
 
 MIB = 1 << 20
 
@@ -122,7 +122,7 @@ def test_parts_of_any_length_take_each_byte_from_the_system_once(
             assert part == data[place : place + len(part)]
             place += len(part)
         assert taken == [len(data)]
-        for place in (7 * MIB + 1, 3, len(data) - 9, KEPT_BYTES - 1, KEPT_BYTES, 0):
+        for place in (7 * MIB + 1, 3, len(data) - 9, FOLIO_BYTES - 1, FOLIO_BYTES, 0):
             part = bytearray(9)
             assert reader.read_into(memoryview(part), place) == 9
             assert part == data[place : place + 9]
@@ -209,3 +209,59 @@ def test_reading_ahead_is_no_further_ahead_than_said(ahead: int) -> None:
     assert next(reading) == (0, 0)
     reading.close()  # type: ignore[attr-defined]
     assert begun == list(range(len(begun))) and 1 <= len(begun) <= 1 + ahead
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+@pytest.mark.parametrize("first", [0, 3, 5 * MIB + 1])
+def test_what_is_seen_is_what_is_read(data: bytes, tmp_path: Path, hashed: bool, first: int) -> None:
+    """Piece by piece and once; a last piece that the file's end cuts off is not shown: its reader will complain."""
+    path, seen = tmp_path / "file", bytearray()
+    path.write_bytes(data)
+    with open(path, "rb", buffering=0) as stream:
+        reader: Any = HashedReading(path) if hashed else OnceReader(stream.fileno())
+        buffer = bytearray(3 * MIB + 17)
+        assert reader.read_into(memoryview(buffer), first, seen.extend) == len(buffer)
+        assert seen == buffer == data[first : first + len(buffer)]
+        assert reader.read_into(memoryview(buffer), first, None) == len(buffer), "what was hashed before is read again"
+        assert reader.read_into(memoryview(buffer)[: PIECE_BYTES + 5], len(data) - PIECE_BYTES - 4, seen.extend)
+        assert seen[-PIECE_BYTES:] == data[-PIECE_BYTES - 4 : -4] and len(seen) == len(buffer) + PIECE_BYTES
+        if hashed:
+            assert reader.finish() == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("kib", [128, 8192, None])
+def test_a_system_that_reads_little_ahead_is_asked_for_more(
+    data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kib: int | None
+) -> None:
+    """Before a byte is read its block has been asked for, at most two blocks ahead; anew behind a jump."""
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    read_text = Path.read_text
+
+    def setting(self: Path, *words: Any, **more: Any) -> str:
+        if self.name != "read_ahead_kb":
+            return read_text(self, *words, **more)
+        if kib is None:
+            raise FileNotFoundError(str(self))
+        return f"{kib}\n"
+
+    asked: list[tuple[int, int]] = []
+
+    def advise(_: int, place: int, length: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_WILLNEED:
+            asked.append((place, place + length))
+
+    monkeypatch.setattr(Path, "read_text", setting)
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    with open(path, "rb", buffering=0) as stream:
+        reader = OnceReader(stream.fileno())
+        for place in (*range(0, 12 * MIB, MIB // 2), 1, 19 * MIB):
+            assert reader.read_into(memoryview(bytearray(MIB // 2)), place) == MIB // 2
+            if kib == 8192:
+                continue
+            ends = [end for begin, end in asked if begin <= place]
+            assert place + MIB // 2 <= max(ends) and max(end for _, end in asked[-2:]) <= place + 2 * BLOCK_BYTES
+    if kib == 8192:
+        assert not asked
+    else:
+        assert asked[:2] == [(0, BLOCK_BYTES), (BLOCK_BYTES, 2 * BLOCK_BYTES)] and len(asked) < 9

@@ -13,12 +13,12 @@ import hashlib
 import os
 from pathlib import Path
 
-from megatron_xmtf.streamed_io import KEPT_BYTES, OnceReader
+from megatron_xmtf.streamed_io import PIECE_BYTES, OnceReader, SeePiece
 
 __all__ = ["HashedReading"]
 
-PIECE_BYTES = 4 << 20
-"""What is read and hashed at a time: still in a core's cache when it is hashed, which then is twice as fast."""
+LARGE_GAP_BYTES = 8 << 20
+"""What is hashed and not asked for stays in the system's cache from this size on: it may be asked for later."""
 
 
 class HashedReading:
@@ -30,42 +30,46 @@ class HashedReading:
         self._digest = hashlib.sha256()
         self._hashed = 0
 
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Fill a buffer of bytes from a place of the file; return the bytes read, fewer only at the file's end."""
+    def read_into(self, buffer: memoryview, offset: int, see: SeePiece | None = None) -> int:
+        """Read as `OnceReader.read_into`."""
         if offset < self._hashed:
-            return self._reader.read_into(buffer, offset)
+            return self._reader.read_into(buffer, offset, see)
         self._hash_to(offset)
-        done = 0
-        while done < len(buffer):
-            # Up to places that the reader asks the system for, whose bytes then come straight into the buffer.
-            piece = buffer[done : done + PIECE_BYTES - (offset + done) % PIECE_BYTES]
-            count = self._reader.read_into(piece, offset + done)
-            self._digest.update(piece[:count])
-            self._hashed, done = self._hashed + count, done + count
-            if count < len(piece):
-                break
+
+        def hash_and_see(piece: memoryview) -> None:
+            self._digest.update(piece)
+            self._hashed += len(piece)
+            if see is not None:
+                see(piece)
+
+        done = self._reader.read_into(buffer, offset, hash_and_see)
+        # A last piece that the file's end cut off.
+        self._digest.update(buffer[self._hashed - offset : done])
+        self._hashed = offset + done
         return done
 
     def finish(self) -> str:
         """Hash what is left, close the file, and return the hexadecimal SHA-256 of all of it."""
         self._hash_to(None)
-        self._stream.close()
+        self.close()
         return self._digest.hexdigest()
 
     def close(self) -> None:
         """Close the file, whatever was read of it."""
+        self._reader.close()
         self._stream.close()
 
     def _hash_to(self, end: int | None) -> None:
-        """Hash up to a byte of the file, or to its end; many bytes stay in the cache, they may be asked for later."""
+        """Hash up to a byte of the file, or to its end."""
         left = (os.fstat(self._stream.fileno()).st_size if end is None else end) - self._hashed
         piece = memoryview(bytearray(max(0, min(left, PIECE_BYTES))))
+        large = left >= LARGE_GAP_BYTES
         while left > 0:
             wanted = piece[:left]
-            if left < KEPT_BYTES:
-                count = self._reader.read_into(wanted, self._hashed)
-            else:
+            if large:
                 count = os.preadv(self._stream.fileno(), [wanted], self._hashed)
+            else:
+                count = self._reader.read_into(wanted, self._hashed)
             if not count:
                 return
             self._digest.update(wanted[:count])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -27,12 +27,15 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_xmtf.checkpoint.hashed_reading import HashedReading
 from megatron_xmtf.checkpoint.safe_read import COMMON_NAME, read_metadata
-from megatron_xmtf.checkpoint.stored_chunk import ReadInto, StoredChunk, load_restricted
+from megatron_xmtf.checkpoint.stored_chunk import ReadInto, SeeNumbers, StoredChunk, load_restricted
 from megatron_xmtf.errors import CorruptCheckpointError
 from megatron_xmtf.files import require_file
-from megatron_xmtf.streamed_io import OnceReader
+from megatron_xmtf.streamed_io import OnceReader, SeePiece
 
 __all__ = ["CheckpointReader", "StoredTensor", "check_safe"]
+
+MOST_OPEN = 32
+"""Files that a reader keeps open."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,8 @@ class CheckpointReader:
             if isinstance(entry, TensorStorageMetadata)
         }
         self._found: dict[MetadataIndex, StoredChunk] = {}
-        self._name: str | None = None
-        self._stream: IO[bytes] | None = None
-        self._reader: OnceReader | None = None
+        self._files: dict[str, _File] = {}
+        """Those used last stay open: one tensor may lie in a file of each tensor-parallel rank."""
         self._hashed: dict[str, HashedReading] = {}
 
     def __enter__(self) -> CheckpointReader:
@@ -94,8 +96,9 @@ class CheckpointReader:
 
     def close(self) -> None:
         """Close the files that are open."""
-        if self._stream is not None:
-            self._stream.close()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
         for reading in self._hashed.values():
             reading.close()
 
@@ -117,30 +120,33 @@ class CheckpointReader:
         self._hashed.clear()
         return found
 
-    def read(self, key: str, *, rows: tuple[int, int] | None = None) -> torch.Tensor:
+    def read(self, key: str, *, rows: tuple[int, int] | None = None, see: SeeNumbers | None = None) -> torch.Tensor:
         """Return a tensor, or its rows [start, end) along the first dimension, in the stored type.
 
-        Args:    key: a name in `tensors`. rows: 0 <= start <= end <= shape[0]; None for all, and for scalars.
+        Args:    key: a name in `tensors`. rows: 0 <= start <= end <= shape[0]; None for all, and for scalars. see: is
+                 shown all numbers that are returned, and perhaps others of the same chunk.
         Raises:  CorruptCheckpointError: a chunk cannot be read, or is not of the type or shape that it should be.
         """
         stored, entry = self.tensors[key], self.metadata.state_dict_metadata[key]
         assert isinstance(entry, TensorStorageMetadata), f"{key} is not a tensor"
         if not stored.shape:
-            return self._box(key, entry.chunks[0], stored.dtype, ()).reshape(())
+            return self._box(key, entry.chunks[0], stored.dtype, (), see).reshape(())
         start, end = rows if rows is not None else (0, stored.shape[0])
         assert 0 <= start <= end <= stored.shape[0], f"{key} {stored.shape} has no rows {rows}"
         for chunk in entry.chunks:
             first, last = chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
             if first <= start and end <= last and tuple(chunk.sizes[1:]) == stored.shape[1:]:
-                return self._box(key, chunk, stored.dtype, (slice(start - first, end - first),))
+                return self._box(key, chunk, stored.dtype, (slice(start - first, end - first),), see)
         result = torch.empty((end - start, *stored.shape[1:]), dtype=stored.dtype)
-        self.read_into(key, result, offsets=(start, *(0 for _ in stored.shape[1:])))
+        self.read_into(key, result, offsets=(start, *(0 for _ in stored.shape[1:])), see=see)
         return result
 
-    def read_into(self, key: str, target: torch.Tensor, *, offsets: Sequence[int]) -> None:
+    def read_into(
+        self, key: str, target: torch.Tensor, *, offsets: Sequence[int], see: SeeNumbers | None = None
+    ) -> None:
         """Fill `target` with the box of a tensor that begins at `offsets`; what lies outside of the tensor stays.
 
-        Args:    target: [box], any device; the numbers are converted to its type.
+        Args:    target: [box], any device; the numbers are converted to its type. see: as in `read`.
         Raises:  CorruptCheckpointError: there is no such tensor, it has other dimensions, or a chunk cannot be read.
         """
         entry = self.metadata.state_dict_metadata.get(key)
@@ -157,7 +163,7 @@ class CheckpointReader:
             ]
             if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
                 continue
-            stored = self._box(key, chunk, entry.properties.dtype, _slices(begins, ends, chunk.offsets))
+            stored = self._box(key, chunk, entry.properties.dtype, _slices(begins, ends, chunk.offsets), see)
             target[_slices(begins, ends, offsets)].copy_(stored)
 
     def row_bytes(self, key: str) -> int:
@@ -192,7 +198,14 @@ class CheckpointReader:
         """
         return self._load(MetadataIndex(key))
 
-    def _box(self, key: str, chunk: ChunkStorageMetadata, dtype: torch.dtype, box: tuple[slice, ...]) -> torch.Tensor:
+    def _box(
+        self,
+        key: str,
+        chunk: ChunkStorageMetadata,
+        dtype: torch.dtype,
+        box: tuple[slice, ...],
+        see: SeeNumbers | None = None,
+    ) -> torch.Tensor:
         """Return part of one chunk: [first, last) along its first dimensions; memory of the rows that it is in.
 
         Of one row of many, as a layer of the stacked ones is, its own rows alone are read.
@@ -200,11 +213,11 @@ class CheckpointReader:
         Raises:  CorruptCheckpointError: it is not of the type or shape that the description says.
         """
         index = MetadataIndex(key, chunk.offsets)
-        place, stream = self.metadata.storage_data[index], self._open(index)
-        found = self._found.get(index)
+        place = self.metadata.storage_data[index]
+        file, found = self._open(place.relative_path), self._found.get(index)
         if found is None:
             what = f"{self.directory / place.relative_path}, {key}"
-            found = StoredChunk.find(stream, offset=place.offset, length=place.length, what=what)
+            found = StoredChunk.find(file.stream, offset=place.offset, length=place.length, what=what)
             if found.shape != tuple(chunk.sizes) or found.dtype != dtype:
                 raise CorruptCheckpointError(
                     f"{self.directory}: the chunk of {key} at {tuple(chunk.offsets)} is {found.dtype} {found.shape} "
@@ -213,41 +226,61 @@ class CheckpointReader:
             self._found[index] = found
         if found.offset is None or not box or not math.prod(found.shape):
             whole: torch.Tensor = self._load(index)
+            if see is not None:
+                see(whole)
             return whole[box]
         rows, inner = (box[0].start, box[0].stop), None
         if len(box) > 1 and rows[1] - rows[0] == 1:
             inner = (box[1].start, box[1].stop)
-        part = found.read_rows(self._reading(place.relative_path, stream), rows, inner=inner)
+        part = found.read_rows(self._reading(place.relative_path, file, dtype, see), rows, inner=inner)
         return part[(slice(None), *box[1:])] if inner is None else part[(slice(None), slice(None), *box[2:])]
 
     def _load(self, index: MetadataIndex) -> Any:
-        place, stream = self.metadata.storage_data[index], self._open(index)
-        view = _create_file_view(stream, place.offset, place.length)
+        place = self.metadata.storage_data[index]
+        view = _create_file_view(self._open(place.relative_path).stream, place.offset, place.length)
         return load_restricted(view, f"{self.directory / place.relative_path}, {index.fqn}")
 
-    def _reading(self, name: str, stream: Any) -> ReadInto:
+    def _reading(self, name: str, file: _File, dtype: torch.dtype, see: SeeNumbers | None) -> ReadInto:
         """Return how the numbers of a file's tensors are read."""
+        see_piece = None if see is None else lambda piece: see(torch.frombuffer(piece, dtype=dtype))
         if name in self._hashed:
-            return self._hashed[name].read_into
-        return partial(_read, stream.fileno()) if self._reader is None else self._reader.read_into
+            return partial(self._hashed[name].read_into, see=see_piece)
+        if file.once is not None:
+            return partial(file.once.read_into, see=see_piece)
+        return partial(_read, file.stream.fileno(), see=see_piece)
 
-    def _open(self, index: MetadataIndex) -> Any:
-        """Return the file that holds a chunk, opened; the last one stays open."""
-        name = self.metadata.storage_data[index].relative_path
-        if self._name != name or self._stream is None:
-            if self._stream is not None:
-                self._stream.close()
-            self._stream, self._name = open(self.directory / name, "rb"), name
-            self._reader = OnceReader(self._stream.fileno()) if self._once else None
-        assert isinstance(self._stream, io.IOBase), "a stream opened by `open`"
-        return self._stream
+    def _open(self, name: str) -> _File:
+        """Return a file, opened; of many the one that was used the longest ago is closed."""
+        file = self._files.pop(name, None)
+        if file is None:
+            if len(self._files) == MOST_OPEN:
+                self._files.pop(next(iter(self._files))).close()
+            stream = open(self.directory / name, "rb")
+            file = _File(stream, OnceReader(stream.fileno()) if self._once else None)
+        self._files[name] = file
+        return file
 
 
-def _read(descriptor: int, buffer: memoryview, offset: int) -> int:
+@dataclass(frozen=True)
+class _File:
+    """An opened file; `once` reads what is not to stay in the system's cache."""
+
+    stream: io.BufferedReader
+    once: OnceReader | None
+
+    def close(self) -> None:
+        if self.once is not None:
+            self.once.close()
+        self.stream.close()
+
+
+def _read(descriptor: int, buffer: memoryview, offset: int, *, see: SeePiece | None) -> int:
     """Fill a buffer of bytes; return the bytes read, fewer only at the file's end."""
     done = 0
     while done < len(buffer) and (count := os.preadv(descriptor, [buffer[done:]], offset + done)):
         done += count
+    if see is not None and len(buffer) == done > 0:
+        see(buffer)
     return done
 
 

@@ -25,10 +25,12 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_xmtf.errors import CorruptCheckpointError
 
-__all__ = ["DAMAGE", "ReadInto", "StoredChunk", "load_restricted"]
+__all__ = ["DAMAGE", "ReadInto", "SeeNumbers", "StoredChunk", "load_restricted"]
 
 ReadInto = Callable[[memoryview, int], int]
 """Fills a buffer of bytes from a place of a file; gives the bytes read, fewer only at the file's end."""
+SeeNumbers = Callable[[torch.Tensor], object]
+"""Is shown the numbers that are read while they are at hand: tensors of any shape, in the type they are stored in."""
 
 DAMAGE = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError),

@@ -24,7 +24,7 @@ from megatron_xmtf.checkpoint.reader import CheckpointReader
 from megatron_xmtf.checkpoint.reading_direction import attends_prefix
 from megatron_xmtf.checkpoint.row_ranges import CHUNK_BYTES, row_ranges
 from megatron_xmtf.conversion.checkpoint_parts import CheckpointDescription, write_checkpoint
-from megatron_xmtf.conversion.huggingface import convert_part
+from megatron_xmtf.conversion.finite import convert_part
 from megatron_xmtf.conversion.huggingface_export import TRAINING_PREFIXES
 from megatron_xmtf.conversion.huggingface_model import copy_side_files, dtype_name
 from megatron_xmtf.conversion.tensor_source import SourceTensor, TensorSource

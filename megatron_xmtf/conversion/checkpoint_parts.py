@@ -15,6 +15,7 @@ of the input (a tensor that is not finite, a damaged file) removes all of it.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -131,7 +132,11 @@ def write_checkpoint(
 
 
 def begin_process(directory: WorkingDirectory) -> None:
-    """Be a forked process of a conversion: the lock is the parent's alone, OpenMP's threads did not come along."""
+    """Be a forked process of a conversion: the lock is the parent's alone, OpenMP's threads did not come along.
+
+    What the imports left is never looked through for garbage again, which would copy the pages shared with the parent.
+    """
+    gc.freeze()
     directory.release()
     torch.set_num_threads(1)
 

@@ -26,7 +26,7 @@ from megatron_xmtf.checkpoint.reading_direction import attends_prefix
 from megatron_xmtf.checkpoint.row_ranges import CHUNK_BYTES, row_ranges
 from megatron_xmtf.conversion.deepspeed_layout import layer_and_key
 from megatron_xmtf.conversion.deepspeed_settings import write_settings
-from megatron_xmtf.conversion.huggingface import convert_part
+from megatron_xmtf.conversion.finite import convert_part
 from megatron_xmtf.conversion.huggingface_export import match_checkpoint
 from megatron_xmtf.conversion.huggingface_model import copy_side_files, dtype_name
 from megatron_xmtf.conversion.mapping import MatchedParameter

@@ -25,7 +25,7 @@ from megatron_xmtf.conversion.deepspeed_layout import (
 )
 from megatron_xmtf.conversion.deepspeed_slices import FragmentFiles, LayerFiles, Slice, SliceSource, UniversalFiles
 from megatron_xmtf.conversion.deepspeed_zero import ZeroFiles
-from megatron_xmtf.conversion.huggingface import convert_part
+from megatron_xmtf.conversion.finite import convert_part
 from megatron_xmtf.conversion.huggingface_model import dtype_name
 from megatron_xmtf.conversion.mapping import MatchedParameter, expand_rows
 from megatron_xmtf.conversion.replicas import ReplicaRule, Replicas

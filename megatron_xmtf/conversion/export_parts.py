@@ -21,25 +21,25 @@ from typing import Any
 
 import torch
 
-from megatron_xmtf.allocator import keep_freed_memory
 from megatron_xmtf.checkpoint.manifest import CheckpointManifest, check_found_hashes
 from megatron_xmtf.checkpoint.reader import CheckpointReader
-from megatron_xmtf.checkpoint.row_ranges import CHUNK_BYTES
+from megatron_xmtf.checkpoint.row_ranges import CHUNK_BYTES, row_ranges
 from megatron_xmtf.conversion.checkpoint_parts import begin_process, fair_share, processes_for
-from megatron_xmtf.conversion.huggingface import convert_part
+from megatron_xmtf.conversion.finite import change_dtype, check_finite
 from megatron_xmtf.conversion.mapping import MatchedParameter
 from megatron_xmtf.conversion.safetensors_file import SafetensorsFile
 from megatron_xmtf.data.journal import Journal
 from megatron_xmtf.data.working_directory import WorkingDirectory
 from megatron_xmtf.errors import XmtfError
 from megatron_xmtf.progress import Progress
-from megatron_xmtf.read_ahead import read_ahead
 from megatron_xmtf.worker_pool import WorkerPool
 
 __all__ = ["TASK_BYTES", "ExportPlan", "write_weights"]
 
 TASK_BYTES, MOST_BYTES = 512 << 20, 2 << 30
 """What is flushed together and, after a kill, written again in each process; and the most, where files want it."""
+AT_HAND_BYTES = 1 << 20
+"""What is read, changed and written at a time: it stays in a core's cache from one to the other."""
 Rows = tuple[tuple[int, int, int], ...]
 """(number of the parameter, first, last)."""
 
@@ -74,7 +74,6 @@ class _Opened:
     """A plan with the checkpoint and the files open; lives as long as its process."""
 
     def __init__(self, plan: ExportPlan) -> None:
-        keep_freed_memory()
         self.plan = plan
         self.stack = ExitStack()
         self.reader = self.stack.enter_context(CheckpointReader(plan.checkpoint, once=True))
@@ -147,20 +146,18 @@ def _compare(opened: _Opened) -> None:
 
 def _write_rows(opened: _Opened, rows: Rows) -> set[int]:
     """Write some rows; return the descriptors of the files that they are in."""
-    plan, touched = opened.plan, set()
-
-    def read(part: tuple[int, int, int]) -> torch.Tensor:
-        number, first, last = part
-        return opened.reader.read(plan.parameters[number].ours, rows=(first, last))
-
-    for (number, first, _), part in read_ahead(rows, read):
+    plan, reader, touched = opened.plan, opened.reader, set()
+    for number, first, last in rows:
         parameter = plan.parameters[number]
-        for name, source_rows, view in parameter.source_views(part, start=first):
-            converted = convert_part(view, dtype=plan.types[name], name=parameter.ours).flatten(0, 1)
-            for target in (name, *([plan.repeated[name]] if name in plan.repeated else [])):
-                file, descriptor = opened.files[target]
-                file.write_rows(descriptor, target, converted, first=source_rows[0])
-                touched.add(descriptor)
+        see = partial(check_finite, name=parameter.ours)
+        for begin, end in row_ranges(last - first, reader.row_bytes(parameter.ours), chunk_bytes=AT_HAND_BYTES):
+            part = reader.read(parameter.ours, rows=(first + begin, first + end), see=see)
+            for name, source_rows, view in parameter.source_views(part, start=first + begin):
+                converted = change_dtype(view, plan.types[name], name=parameter.ours).flatten(0, 1)
+                for target in (name, *([plan.repeated[name]] if name in plan.repeated else [])):
+                    file, descriptor = opened.files[target]
+                    file.write_rows(descriptor, target, converted, first=source_rows[0])
+                    touched.add(descriptor)
     return touched
 
 

@@ -16,13 +16,14 @@ import torch
 from megatron_xmtf.conversion.checkpoint_parts import CheckpointDescription, write_checkpoint
 from megatron_xmtf.conversion.embedding_copies import check_copies, model_architecture
 from megatron_xmtf.conversion.families import mapping_of
+from megatron_xmtf.conversion.finite import change_dtype, check_finite
 from megatron_xmtf.conversion.huggingface_model import HuggingFaceModel, check_side_files, copy_side_files, dtype_name
 from megatron_xmtf.conversion.mapping import MatchedParameter, check_shapes, match_names
 from megatron_xmtf.conversion.tensor_source import TensorSource, matched_tensor
 from megatron_xmtf.conversion.torch_file import check_bytes
-from megatron_xmtf.errors import CheckpointError, NonFiniteError
+from megatron_xmtf.errors import CheckpointError
 
-__all__ = ["HuggingFaceSource", "ImportedModel", "convert_part", "import_huggingface", "match_model"]
+__all__ = ["HuggingFaceSource", "ImportedModel", "import_huggingface", "match_model"]
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ class HuggingFaceSource(TensorSource):
 
     def _read(self, name: str, rows: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         where = f"{self.model.tensors[name].path}: {name}"
-        return convert_part(self.model.read(name, rows=rows), dtype=dtype, name=where)
+        part = self.model.read(name, rows=rows, see=partial(check_finite, name=where))
+        return change_dtype(part, dtype, name=where)
 
 
 def match_model(model: HuggingFaceModel, *, copies: bool = True) -> list[MatchedParameter]:
@@ -152,25 +154,6 @@ def match_model(model: HuggingFaceModel, *, copies: bool = True) -> list[Matched
     if copies:
         check_copies(model, mapping, parameters)
     return parameters
-
-
-def convert_part(part: torch.Tensor, *, dtype: torch.dtype | None, name: str) -> torch.Tensor:
-    """Change the type of some rows of a weight.
-
-    Raises:  NonFiniteError: NaN or Inf, before or after.
-    """
-    _check_finite(part, f"{name} holds NaN or Inf; a model with such weights cannot be used.")
-    if dtype is None or dtype == part.dtype:
-        return part
-    converted = part.to(dtype)
-    _check_finite(converted, f"{name}: its largest weight {part.abs().max():.3g} does not fit {dtype_name(dtype)}.")
-    return converted
-
-
-def _check_finite(part: torch.Tensor, message: str) -> None:
-    # The extremes carry NaN and Inf along; `isfinite` of a whole tensor would make a copy of it.
-    if part.numel() and not torch.isfinite(torch.stack(torch.aminmax(part))).all():
-        raise NonFiniteError(message)
 
 
 def _stored_dtype(model: HuggingFaceModel, parameter: MatchedParameter) -> torch.dtype:

@@ -65,8 +65,8 @@ def export_huggingface(
 ) -> ExportedModel:
     """Write the weights of a checkpoint as `save_pretrained` would, with config, tokenizer files and a model card.
 
-    Memory: a few times `row_ranges.CHUNK_BYTES` in each process, whatever the size of the model and of the stored
-    chunks.
+    Memory: a few times `export_parts.AT_HAND_BYTES` in each process, whatever the size of the model and of the stored
+    chunks; where a training cut a tensor by columns, one row of a chunk at least.
 
     Args:    checkpoint: one, or a run directory (its newest). dtype: type to write; None keeps each tensor's own.
              allow_causal: write the weights of a prefix-LM, which `transformers` will run causally; config.json gets

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import torch
 
+from megatron_xmtf.checkpoint.stored_chunk import SeeNumbers
 from megatron_xmtf.conversion.safetensors_file import DTYPES, read_header
 from megatron_xmtf.conversion.torch_file import is_archive, open_torch_file
 from megatron_xmtf.errors import CheckpointError, ConfigError, CorruptCheckpointError, MissingError
@@ -99,23 +100,31 @@ class HuggingFaceModel:
 
     def _close_file(self) -> None:
         if self._open is not None:
-            self._open[1].close()
+            _, stream, reader = self._open
+            reader.close()
+            stream.close()
         self._open = None
 
-    def read(self, name: str, *, rows: tuple[int, int] | None = None) -> torch.Tensor:
+    def read(self, name: str, *, rows: tuple[int, int] | None = None, see: SeeNumbers | None = None) -> torch.Tensor:
         """Return a tensor, or its rows [start, end), in the type it is stored in.
 
+        Args:    see: is shown all numbers that are returned.
         Raises:  CorruptCheckpointError: its file cannot be read.
         """
         tensor = self.tensors[name]
         if tensor.offset is None:
             whole = self._pickled[tensor.path][name]
-            return whole if rows is None else whole[rows[0] : rows[1]]
+            part = whole if rows is None else whole[rows[0] : rows[1]]
+            if see is not None:
+                see(part)
+            return part
         first, last = rows or (0, tensor.shape[0] if tensor.shape else 1)
         row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
         data = torch.empty((last - first) * row_bytes, dtype=torch.uint8)
+        see_piece = None if see is None else lambda piece: see(torch.frombuffer(piece, dtype=tensor.dtype))
         try:
-            count = self._reader(tensor.path).read_into(data.numpy().data, tensor.offset + first * row_bytes)
+            reader = self._reader(tensor.path)
+            count = reader.read_into(data.numpy().data, tensor.offset + first * row_bytes, see_piece)
         except OSError as error:
             raise CorruptCheckpointError(f"{tensor.path}: {name} cannot be read: {error}.") from error
         if count < len(data):

@@ -27,7 +27,7 @@ from megatron_xmtf.checkpoint.safe_read import METADATA_NAME
 from megatron_xmtf.conversion.bloom_mapping import bloom_mapping
 from megatron_xmtf.conversion.checkpoint_parts import CheckpointDescription, write_checkpoint
 from megatron_xmtf.conversion.deepspeed import check_side_sources, given_config, write_side_files
-from megatron_xmtf.conversion.huggingface import convert_part
+from megatron_xmtf.conversion.finite import convert_part
 from megatron_xmtf.conversion.huggingface_model import dtype_name
 from megatron_xmtf.conversion.mapping import MatchedParameter, expand_rows
 from megatron_xmtf.conversion.megatron_core_settings import find_torch_dist, read_megatron_settings

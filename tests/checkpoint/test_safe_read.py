@@ -66,6 +66,34 @@ def test_rows_are_read_across_chunks(checkpoint: Path) -> None:
         assert reader.tensors["weight"].bytes == 240
 
 
+@pytest.mark.parametrize("way", ["kept", "once", "hashed"])
+def test_all_numbers_that_are_returned_are_shown(tmp_path: Path, way: str) -> None:
+    """In pieces of a core's cache where each byte is read once, across chunks, of one layer of several."""
+    weight = torch.arange(900_000, dtype=torch.float32).view(1000, 900)
+    chunks = [("weight", weight[:700], (0, 0), (1000, 900)), ("weight", weight[700:], (700, 0), (1000, 900))]
+    write_chunks(
+        tmp_path, [*chunks, ("scalar", torch.tensor(5.0), (), ()), ("stacked", weight[None], (0, 0, 0), (1, 1000, 900))]
+    )
+    seen: list[torch.Tensor] = []
+    with CheckpointReader(tmp_path, once=way != "kept") as reader:
+        if way == "hashed":
+            reader.begin_hashing(["__0_0.distcp"])
+        for rows in ((0, 700), (650, 1000), (699, 701), (3, 3)):
+            seen.clear()
+            part = reader.read("weight", rows=rows, see=lambda piece: seen.append(piece.clone()))
+            assert torch.equal(part, weight[rows[0] : rows[1]])
+            assert torch.equal(torch.cat([*seen, torch.empty(0)]), part.flatten())
+        if way != "kept":
+            reader.read("weight", rows=(0, 700), see=seen.append)
+            assert len(seen) > 5, "shown while they are in the cache"
+        seen.clear()
+        assert reader.read("scalar", see=seen.append) == 5.0 and [piece.item() for piece in seen] == [5.0]
+        seen.clear()
+        target = torch.empty(1, 10, 900)
+        reader.read_into("stacked", target, offsets=(0, 40, 0), see=lambda piece: seen.append(piece.clone()))
+        assert torch.equal(torch.cat(seen), target.flatten()) and torch.equal(target[0], weight[40:50])
+
+
 def test_some_rows_cost_the_memory_of_these_rows(tmp_path: Path) -> None:
     whole = torch.arange(24 << 20, dtype=torch.float32).view(-1, 1024)  # 96 MiB in one chunk
     stacked = whole.view(2, -1, 1024)

@@ -1,6 +1,7 @@
 """Hugging Face -> checkpoint -> Hugging Face keeps every bit; damaged models are `test_corruptions`."""
 
 import json
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -12,9 +13,10 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_xmtf.checkpoint import reader as reader_module
 from megatron_xmtf.checkpoint.manifest import open_manifest, verify_hashes
 from megatron_xmtf.checkpoint.reader import CheckpointReader, check_safe
-from megatron_xmtf.conversion import checkpoint_parts, huggingface_export, tensor_source
+from megatron_xmtf.conversion import checkpoint_parts, finite, huggingface_export, tensor_source
 from megatron_xmtf.conversion.deepspeed_export import export_deepspeed
 from megatron_xmtf.conversion.huggingface import import_huggingface
 from megatron_xmtf.conversion.huggingface_export import export_huggingface
@@ -246,12 +248,59 @@ def test_a_weight_that_does_not_fit_the_type(model: Path) -> None:
     refuse(model, NonFiniteError, r"1e\+05 does not fit float16", dtype=torch.float16)
 
 
+@pytest.mark.parametrize("place", [0, 65_535, 65_536, 200_000, 256_000 - 1])
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_one_number_that_is_none_is_found_wherever_it_is(
+    tmp_path: Path, place: int, number: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first, second, last of several pieces that are checked while they are read; import and export."""
+    model = tmp_path / "model"
+    tiny_bloom(vocab_size=8000, hidden_size=32, layers=1, heads=4).save_pretrained(model)
+    write_tiny_tokenizer(model)
+    import_huggingface(model, tmp_path / "whole")
+
+    def spoil(tensors: Tensors) -> None:
+        tensors["transformer.word_embeddings.weight"].view(-1)[place] = number
+
+    rewrite(model, spoil)
+    refuse(model, NonFiniteError, "word_embeddings.weight holds NaN or Inf")
+    with monkeypatch.context() as patch:
+        patch.setattr(finite, "_finite", lambda _: True)
+        import_huggingface(model, tmp_path / "spoiled")
+    with pytest.raises(NonFiniteError, match=r"word_embeddings.weight holds NaN or Inf"):
+        export_huggingface(tmp_path / "spoiled", tmp_path / "exported")
+    assert not list(tmp_path.glob("exported*"))
+    export_huggingface(tmp_path / "whole", tmp_path / "exported")
+
+
 def test_mixed_types_stay_as_they_are(model: Path, tmp_path: Path) -> None:
     rewrite(model, lambda t: t.update({k: v.bfloat16() for k, v in t.items() if v.dim() == 2}))
     tensors = read_tensors(model)
     assert import_huggingface(model, tmp_path / "checkpoint").dtype == "mixed"
     export_huggingface(tmp_path / "checkpoint", tmp_path / "exported")
     assert same_bits(read_tensors(tmp_path / "exported"), tensors)
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_a_reader_keeps_few_files_open(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, once: bool
+) -> None:
+    monkeypatch.setattr(checkpoint_parts, "FILE_BYTES", 8 << 10)
+    monkeypatch.setattr(reader_module, "MOST_OPEN", 3)
+    checkpoint = tmp_path / "checkpoint"
+    import_huggingface(model, checkpoint)
+    assert len(list(checkpoint.glob("*.distcp"))) > 6
+
+    def opened() -> int:
+        links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+        return sum(os.path.exists(link) and checkpoint in link.resolve().parents for link in links)
+
+    with CheckpointReader(checkpoint, once=once) as reader:
+        whole = {name: reader.read(name) for name in reader.tensors}
+        assert opened() == 3
+        assert all(torch.equal(reader.read(name), whole[name]) for name in reversed(list(whole)))
+        assert opened() == 3
+    assert opened() == 0
 
 
 def test_a_training_checkpoint_is_exported_from_its_shards(model: Path, tmp_path: Path) -> None:
