@@ -109,7 +109,7 @@ class AverageSource(TensorSource):
     def __init__(self, checkpoints: Sequence[Path], shares: Sequence[float], dtype: torch.dtype | None) -> None:
         self._shares = shares
         with ExitStack() as stack:
-            self._readers = [stack.enter_context(CheckpointReader(path)) for path in checkpoints]
+            self._readers = [stack.enter_context(CheckpointReader(path, once=True)) for path in checkpoints]
             shapes = {name: self._readers[0].tensors[name].shape for name in _common_tensors(self._readers)}
             self.tensors = [
                 _averaged_tensor(name, shape, dtype or _common_dtype(self._readers, name))

@@ -132,7 +132,7 @@ class MegatronSource(TensorSource):
     """
 
     def __init__(self, directory: Path, architecture: BloomArchitecture, dtype: torch.dtype | None) -> None:
-        self._reader = CheckpointReader(directory)
+        self._reader = CheckpointReader(directory, once=True)
         weights, prefix = _weights(self._reader)
         self.parameters = expand_rows(bloom_mapping(architecture))
         self._places = _match(self._reader, weights, self.parameters, architecture, prefix=prefix)
