@@ -10,7 +10,8 @@ and ends with its output flushed to the disk.
 
     copy            the files of weights through the system's cache, 8 MiB at a time, one after another, fsync
     streamed copy   the same with the conversions' own reads and writes, which do not stay in the cache
-    import, export  `xmtf import --hf`, `xmtf export`, with --workers processes
+    import          `xmtf import --hf`, with --workers processes
+    export          `xmtf export`, with twice as many where the model is large, as by default: they wait for the disk
     transformers    AutoModelForCausalLM.from_pretrained, save_pretrained, fsync
 
 A virtual machine pays for the first touch of each page that its host has taken back, several seconds a GB: before each
@@ -40,7 +41,7 @@ from typing import Any
 SMALL = {"hidden_size": 2048, "n_layer": 16, "n_head": 16, "vocab_size": 250_880}
 SLICE = {"hidden_size": 14_336, "n_layer": 2, "n_head": 112, "vocab_size": 250_880}
 WHOLE_176B_BYTES = 2 * 176_247_271_424
-BLOCK = 64 << 20
+BLOCK, LARGE_BYTES = 64 << 20, 8 << 30
 SAMPLE_SECONDS = 0.05
 
 COPY = """
@@ -183,17 +184,18 @@ def touch_memory(size: int) -> None:
 def measure(root: Path, total: int, *, rounds: int, workers: int, with_transformers: bool) -> dict[str, Any]:
     """Run all sides in turn."""
     model, checkpoint = root / "model", root / "checkpoint"
+    exporting = workers if total < LARGE_BYTES else 2 * workers
     sides: dict[str, tuple[str, Path, Path, tuple[object, ...]]] = {
         "copy": (COPY, model, root / "copied", ()),
         "streamed copy": (STREAMED_COPY, model, root / "copied", ()),
         "import": (IMPORT, model, checkpoint, (workers,)),
-        "export": (EXPORT, checkpoint, root / "exported", (workers,)),
+        "export": (EXPORT, checkpoint, root / "exported", (exporting,)),
     }
     if with_transformers:
         sides["transformers"] = (TRANSFORMERS, model, root / "saved", ())
     # What the modules alone take, in one process; a worker process has imported them too.
     bare = {name: run(program) for name, (program, *_) in sides.items() if "copy" not in name}
-    processes = 1 + (workers if workers > 1 else 0)
+    processes = {"import": 1 + (workers if workers > 1 else 0), "export": 1 + exporting}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     start: dict[str, list[float]] = {name: [] for name in bare}
     memory: dict[str, list[float]] = {name: [] for name in sides}
@@ -205,7 +207,7 @@ def measure(root: Path, total: int, *, rounds: int, workers: int, with_transform
             touch_memory(2 * total + (1 << 30))
             took, peak = run(program, source, target, *more)
             seconds[name].append(took)
-            started = bare[name][1] * (processes if name in ("import", "export") else 1) if name in bare else 0
+            started = bare[name][1] * processes.get(name, 1) if name in bare else 0
             memory[name].append((peak - started) / 2**30)
             if name != "import":
                 shutil.rmtree(target)
@@ -216,7 +218,7 @@ def measure(root: Path, total: int, *, rounds: int, workers: int, with_transform
     return {
         "bytes_of_weights": total,
         "rounds": rounds,
-        "processes": workers,
+        "processes": {"import": workers, "export": exporting},
         "seconds": rounded(seconds),
         "seconds_to_start": rounded(start),
         "gb_per_second": {name: round(total / 1e9 / value, 3) for name, value in median.items()},

@@ -141,10 +141,10 @@ def begin_process(directory: WorkingDirectory) -> None:
     torch.set_num_threads(1)
 
 
-def processes_for(total_bytes: int) -> int:
-    """Return how many processes write so much: a core each, up to 8, where they are worth their start."""
+def processes_for(total_bytes: int, *, a_core: int = 1) -> int:
+    """Return how many processes write so much: some a core, up to 8, where they are worth their start."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, 8, total_bytes // BYTES_A_PROCESS))
+    return max(1, min(a_core * cores, 8, total_bytes // BYTES_A_PROCESS))
 
 
 def fair_share(total_bytes: int) -> int:

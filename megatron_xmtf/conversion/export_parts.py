@@ -88,8 +88,8 @@ def write_weights(
 ) -> None:
     """Write all weights of a plan into its directory, or what an interrupted run left of them.
 
-    Args:    directory: whose journal says what is done. key: of the journal. workers: processes; None: as many as
-             there are cores where the model is large.
+    Args:    directory: whose journal says what is done. key: of the journal. workers: processes; None: two a
+             core where the model is large.
     Raises:  NonFiniteError: NaN or Inf. CorruptCheckpointError: a file was altered, or a chunk cannot be read.
     """
     parts = list(_cut(plan))
@@ -103,7 +103,8 @@ def write_weights(
     todo = list(_with_files(plan, [(number, rows) for number, rows in enumerate(parts) if number not in done]))
     sizes = [sum(_bytes(plan, *part) for part in rows) for rows in parts]
     total, written = sum(sizes), sum(sizes[number] for number in done)
-    workers = min(workers or processes_for(total), len(todo) or 1)
+    # Each waits for the disk a third of its time, and holds a few MiB.
+    workers = min(workers or processes_for(total, a_core=2), len(todo) or 1)
     with (
         Progress("export", total=round(total / 1e6), unit="MB", done=round(written / 1e6)) as progress,
         WorkerPool(workers, state=plan, setup=_Opened, after_fork=partial(begin_process, directory)) as pool,

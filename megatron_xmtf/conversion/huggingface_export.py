@@ -70,8 +70,8 @@ def export_huggingface(
 
     Args:    checkpoint: one, or a run directory (its newest). dtype: type to write; None keeps each tensor's own.
              allow_causal: write the weights of a prefix-LM, which `transformers` will run causally; config.json gets
-             "prefix_lm": true, and the model card says so. workers: processes; None: as many as there are cores where
-             the model is large. restart: throw away what an interrupted export left. verify: compare every
+             "prefix_lm": true, and the model card says so. workers: processes; None: two a core where the model is
+             large. restart: throw away what an interrupted export left. verify: compare every
              file that is read with its hash in the manifest, not only with its size; that of a training holds
              optimizer state as well.
     Raises:  MissingError, CorruptCheckpointError: not there, not whole. CheckpointError: tensors missing or unexpected.
